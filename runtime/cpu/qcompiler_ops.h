@@ -1,0 +1,92 @@
+// The C interface of the op library: what ctypes (torch, numpy) calls, and what the ONNX Runtime face wraps.
+//
+// Every weight tensor is read exactly as it lies in the artifact (layout W16x4, see docs/layout.md); nothing is
+// repacked. All functions are thread-safe. A function that can fail returns 0 on success, otherwise a non-zero code,
+// and qc_last_error() of the same thread then says what was found and what was expected.
+#ifndef QCOMPILER_OPS_H
+#define QCOMPILER_OPS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define QC_EXPORT __declspec(dllexport)
+#else
+#define QC_EXPORT __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Bumped when a signature or a struct below changes; the Python side refuses any other.
+#define QC_ABI_VERSION 1
+// The packed layout that these kernels read; carried by every op as attribute `layout_version`.
+#define QC_LAYOUT_VERSION 1
+
+// What the activations become before they meet the weights.
+enum qc_activation {
+  QC_ACT_FLOAT = 0,       // stay fp32
+  QC_ACT_INT8_TOKEN = 1,  // symmetric int8, one fp32 scale a row (token):   absmax / 127, round half to even
+  QC_ACT_INT8_BLOCK = 2   // the same, one scale per 128 consecutive inputs of a row (the last block may be short)
+};
+
+// A packed affine weight matrix W[n, k], W = S * (q - Z).
+//   bits      8, 4, 3, 2
+//   group     columns that share a scale: 32, 64, 128, or 0 = the whole row. The last group may be short.
+//   codes     uint8, units of W16x4. 8 bits: signed bytes. Fewer bits: unsigned codes 0 .. 2^bits - 1.
+//   scales    fp16, [tiles, groups, 16]: 16 rows of a tile side by side; rows beyond n hold 0.
+//   zeros     null when symmetric (then Z = 0 for 8 bits, 2^(bits-1) otherwise); else b-bit integers, [tiles, groups,
+//             2*bits bytes]: row r of the tile at bit offset bits*r, least significant bit first (8 bits: signed bytes).
+typedef struct qc_weight {
+  int64_t n, k;
+  int32_t bits, group;
+  const uint8_t* codes;
+  const uint16_t* scales;
+  const uint8_t* zeros;
+} qc_weight;
+
+// Runs body(user, i) for every i in [0, count), in any order and possibly at once; returns when all are done.
+typedef void (*qc_parallel_for)(void* pool, void (*body)(void* user, size_t index), size_t count, void* user);
+
+// Where work runs. parallel_for == null: on the calling thread. threads is a hint for cutting the work (>= 1).
+// isa == null: the one chosen at load (best of the CPU, or environment variable QCOMPILER_ISA).
+typedef struct qc_context {
+  qc_parallel_for parallel_for;
+  void* pool;
+  int32_t threads;
+  const char* isa;
+} qc_context;
+
+QC_EXPORT int32_t qc_abi_version(void);
+QC_EXPORT int32_t qc_layout_version(void);
+QC_EXPORT const char* qc_last_error(void);
+// Comma-separated: the CPU's features that matter here ("avx2,avx512f,avx512vnni,..."); the ISAs compiled in and
+// executable on this CPU, best first ("avx512vnni,avx2,generic"); and the one in use.
+QC_EXPORT const char* qc_cpu_features(void);
+QC_EXPORT const char* qc_isas(void);
+QC_EXPORT const char* qc_isa(void);
+
+// Bytes of each tensor of a weight matrix in this layout; 0 when the description is invalid.
+QC_EXPORT int64_t qc_codes_bytes(int64_t n, int64_t k, int32_t bits);
+QC_EXPORT int64_t qc_scales_count(int64_t n, int64_t k, int32_t group);
+QC_EXPORT int64_t qc_zeros_bytes(int64_t n, int64_t k, int32_t bits, int32_t group);
+
+// y[rows, n] = x[rows, k] . W^T (+ bias[n]); x, y, bias fp32, row-major, contiguous; bias may be null.
+// Bit-equal for every ISA, every number of threads and every number of rows (a row's result never depends on the
+// others). Order of operations per output: docs/layout.md, "Arithmetic".
+QC_EXPORT int32_t qc_linear_nbit(const qc_context* context, const qc_weight* weight, int32_t activation, int64_t rows,
+                                 const float* x, const float* bias, float* y);
+
+// y[count, k] = W[indices]: rows decoded to fp32. An index outside [0, n) is an error.
+QC_EXPORT int32_t qc_embedding_nbit(const qc_context* context, const qc_weight* weight, int64_t count,
+                                    const int64_t* indices, float* y);
+
+// The library's own thread pool, for callers that have none (ctypes from torch and numpy).
+QC_EXPORT void qc_pool_parallel_for(void* pool, void (*body)(void* user, size_t index), size_t count, void* user);
+QC_EXPORT void qc_pool_set_threads(int32_t threads);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
