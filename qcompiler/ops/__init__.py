@@ -1,1 +1,7 @@
+"""Op declarations. Importing this package fills `SPECS`; it needs numpy alone."""
 
+from qcompiler.ops.embedding_nbit import EMBEDDING_NBIT
+from qcompiler.ops.linear_nbit import LINEAR_NBIT
+from qcompiler.ops.spec import SPECS
+
+__all__ = ["EMBEDDING_NBIT", "LINEAR_NBIT", "SPECS"]
