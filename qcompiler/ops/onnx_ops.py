@@ -1,0 +1,123 @@
+"""The ONNX face of every declared op: schema, translation from torch, function bodies.
+
+Registering the schema with `onnx.defs` and the translation with onnxscript's `torch_op` makes every `torch.onnx.export`, also
+the unmodified exporter of transformers, emit a node of our domain.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import onnx
+import onnx_ir as ir
+import onnxscript
+from onnxscript.function_libs.torch_lib.registration import default_registry, torch_op
+
+from qcompiler.errors import UnsupportedError
+from qcompiler.ops import SPECS
+from qcompiler.ops.bodies import BUILDERS
+from qcompiler.ops.spec import DOMAIN, OPSET, OpSpec
+
+_ONNX_TYPE = {"float32": "tensor(float)", "float16": "tensor(float16)", "uint8": "tensor(uint8)", "int64": "tensor(int64)"}
+
+
+def _schema(spec: OpSpec) -> onnx.defs.OpSchema:
+    S = onnx.defs.OpSchema
+    option = {False: S.FormalParameterOption.Single, True: S.FormalParameterOption.Optional}
+    return S(
+        spec.onnx_name,
+        DOMAIN,
+        OPSET,
+        doc=spec.doc,
+        inputs=[S.FormalParameter(i.name, _ONNX_TYPE[i.dtype], param_option=option[i.optional]) for i in spec.inputs],
+        outputs=[S.FormalParameter("y", "tensor(float)")],
+        attributes=[S.Attribute(name, S.AttrType.INT, required=True) for name in spec.attributes],
+    )
+
+
+def _translation(spec: OpSpec):
+    """The function that torch.onnx calls for `qcompiler::<name>`; onnxscript reads its signature, so it is written out."""
+    domain = onnxscript.values.Opset(DOMAIN, OPSET)
+    required = [i.name for i in spec.inputs if not i.optional]
+    optional = [i.name for i in spec.inputs if i.optional]
+    arguments = ", ".join([*required, *(f"{name}=None" for name in optional), *(f"{name}: int = 0" for name in spec.attributes)])
+    call = ", ".join([*required, *optional, *(f"{name}={name}" for name in spec.attributes)])
+    scope: dict = {"emit": getattr(domain, spec.onnx_name)}
+    exec(f"def {spec.name}({arguments}):\n    return emit({call})", scope)  # noqa: S102  names come from our own declarations
+    return scope[spec.name]
+
+
+@functools.cache
+def register() -> None:
+    """Register schema and translation of every op; idempotent.
+
+    Raises:
+        RuntimeError: a registration did not take (torch would only log it and fail later).
+    """
+    for spec in SPECS.values():
+        if not onnx.defs.has(spec.onnx_name, DOMAIN):
+            onnx.defs.register_schema(_schema(spec))
+        torch_op(f"qcompiler::{spec.name}", trace_only=True)(_translation(spec))
+        if f"qcompiler::{spec.name}" not in default_registry:
+            raise RuntimeError(f"onnxscript did not register qcompiler::{spec.name}; this version of onnxscript is not supported")
+
+
+def attach_bodies(model: ir.Model) -> dict[str, int]:
+    """Give every node of our domain its function body, as a model-local function with the variant as overload.
+
+    Args:
+        model: changed in place; its IR version becomes at least 10 (overloads).
+
+    Returns:
+        Number of nodes by `<op>/<variant>`.
+    """
+    by_name = {spec.onnx_name: spec for spec in SPECS.values()}
+    counts: dict[str, int] = {}
+    for node in model.graph.all_nodes():
+        if node.domain != DOMAIN:
+            continue
+        spec = by_name.get(node.op_type)
+        if spec is None:
+            raise UnsupportedError(f"node {node.name!r}: op {DOMAIN}::{node.op_type} is not declared")
+        attributes = {name: node.attributes.get_int(name) for name in spec.attributes}
+        present = frozenset(i.name for i, value in zip(spec.inputs, node.inputs) if value is not None)
+        node.overload = spec.variant(attributes, present)
+        key = (DOMAIN, spec.onnx_name, node.overload)
+        if key not in model.functions:
+            model.functions[key] = BUILDERS[spec.name](spec, node.overload, attributes, present)
+        label = f"{spec.onnx_name}/{node.overload}"
+        counts[label] = counts.get(label, 0) + 1
+    if counts:
+        model.ir_version = max(model.ir_version, 10)
+        model.graph.opset_imports.setdefault(DOMAIN, OPSET)
+    return counts
+
+
+def single_node_model(spec: OpSpec, case, *, bodies: bool = True) -> ir.Model:
+    """A model of one node for a case: activations or indices are the graph input, everything else initializers."""
+    first = spec.inputs[0].name
+    values: list[ir.Value | None] = []
+    initializers, inputs = [], []
+    for declared in spec.inputs:
+        array = case.inputs.get(declared.name)
+        if array is None:
+            values.append(None)
+            continue
+        value = ir.Value(name=declared.name, type=ir.TensorType(ir.DataType.from_numpy(array.dtype)))
+        if declared.name == first:
+            value.shape = ir.Shape([f"d{i}" for i in range(array.ndim - (declared.name == "x"))] + list(array.shape[-1:] if declared.name == "x" else []))
+            inputs.append(value)
+        else:
+            value.shape, value.const_value = ir.Shape(array.shape), ir.tensor(array, name=declared.name)
+            initializers.append(value)
+        values.append(value)
+    while values and values[-1] is None:
+        values.pop()
+    node = ir.node(spec.onnx_name, values, attributes=dict(case.attributes), domain=DOMAIN, name="node")
+    output = node.outputs[0]
+    output.name, output.type = "y", ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph(inputs, [output], nodes=[node], initializers=initializers, opset_imports={"": 21, DOMAIN: OPSET}, name=spec.name)
+    model = ir.Model(graph, ir_version=10)
+    if bodies:
+        attach_bodies(model)
+    return model
