@@ -1,0 +1,1 @@
+"""What executes an artifact: the op library, sessions, generation. Imports numpy and onnxruntime, never torch."""

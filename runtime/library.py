@@ -1,0 +1,317 @@
+"""The op library `libqcompiler_ops`, found, loaded with ctypes and wrapped for numpy.
+
+The same file serves ONNX Runtime (`session_options.register_custom_ops_library(str(library_path()))`) and, through the
+plain C functions of `runtime/cpu/qcompiler_ops.h`, numpy and torch. Needs numpy only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qcompiler.errors import InputError
+
+ABI_VERSION = 1
+LAYOUT_VERSION = 1
+BITS = (8, 4, 3, 2)
+GROUPS = (0, 32, 64, 128)
+ACTIVATIONS = {"float": 0, "int8_token": 1, "int8_block": 2}
+
+_NAMES = {"darwin": "libqcompiler_ops.dylib", "win32": "libqcompiler_ops.dll"}
+LIBRARY_NAME = _NAMES.get(sys.platform, "libqcompiler_ops.so")
+
+
+class LibraryError(InputError):
+    """The op library is missing, or not the one that this version of the package expects."""
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = [
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+    ]
+
+
+class _Context(ctypes.Structure):
+    _fields_ = [
+        ("parallel_for", ctypes.c_void_p),
+        ("pool", ctypes.c_void_p),
+        ("threads", ctypes.c_int32),
+        ("isa", ctypes.c_char_p),
+    ]
+
+
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "qc_abi_version": (ctypes.c_int32, []),
+    "qc_layout_version": (ctypes.c_int32, []),
+    "qc_last_error": (ctypes.c_char_p, []),
+    "qc_cpu_features": (ctypes.c_char_p, []),
+    "qc_isas": (ctypes.c_char_p, []),
+    "qc_isa": (ctypes.c_char_p, []),
+    "qc_codes_bytes": (ctypes.c_int64, [ctypes.c_int64, ctypes.c_int64, ctypes.c_int32]),
+    "qc_scales_count": (ctypes.c_int64, [ctypes.c_int64, ctypes.c_int64, ctypes.c_int32]),
+    "qc_zeros_bytes": (ctypes.c_int64, [ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]),
+    "qc_linear_nbit": (
+        ctypes.c_int32,
+        [ctypes.POINTER(_Context), ctypes.POINTER(_Weight), ctypes.c_int32, ctypes.c_int64]
+        + [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p],
+    ),
+    "qc_embedding_nbit": (
+        ctypes.c_int32,
+        [ctypes.POINTER(_Context), ctypes.POINTER(_Weight), ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p],
+    ),
+    "qc_pool_set_threads": (None, [ctypes.c_int32]),
+    "qc_debug_last_codes_pointer": (ctypes.c_void_p, []),
+}
+
+
+# ---- where it is
+
+
+def _candidates() -> list[Path]:
+    """Beside this file (a wheel, or `cmake --preset native` in a checkout), and where an editable install put it."""
+    places = [Path(__file__).resolve().parent / "lib" / LIBRARY_NAME]
+    try:
+        installed = importlib.metadata.distribution("qcompiler")
+        places.append(Path(str(installed.locate_file(f"qcompiler/runtime/lib/{LIBRARY_NAME}"))).resolve())
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    return places
+
+
+def library_path() -> Path:
+    """The op library's file. `QCOMPILER_LIBRARY` overrides; of several builds of a checkout the newest counts."""
+    if override := os.environ.get("QCOMPILER_LIBRARY"):
+        if not Path(override).is_file():
+            raise LibraryError(f"QCOMPILER_LIBRARY names {override!r}, which is not a file")
+        return Path(override).resolve()
+    places = _candidates()
+    found = [place for place in places if place.is_file()]
+    if not found:
+        looked = "".join(f"\n  {place}" for place in dict.fromkeys(places))
+        raise LibraryError(
+            f"the op library {LIBRARY_NAME} is not built. Looked at:{looked}\n"
+            "Build it with `pip install -e .` in the repository's root (needs CMake and a C++17 compiler), or with\n"
+            "`cmake --preset native && cmake --build --preset native` in runtime/"
+        )
+    return max(found, key=lambda place: place.stat().st_mtime_ns)
+
+
+def copy_library(directory: str | os.PathLike[str]) -> Path:
+    """Copies the op library into `directory` (made if need be), for a program that ships it; returns the copy."""
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copy2(library_path(), target / LIBRARY_NAME))
+
+
+# ---- loading it
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The loaded library with every function's types set. Refuses one with another interface or packed layout."""
+    path = library_path()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise LibraryError(f"the op library {path} cannot be loaded: {error}") from error
+    for name, (result, arguments) in _SIGNATURES.items():
+        try:
+            function = getattr(library, name)
+        except AttributeError:
+            raise LibraryError(f"{path} has no function {name!r}: rebuild the op library") from None
+        function.restype, function.argtypes = result, arguments
+    for what, found, expected in (
+        ("interface", library.qc_abi_version(), ABI_VERSION),
+        ("packed layout", library.qc_layout_version(), LAYOUT_VERSION),
+    ):
+        if found != expected:
+            raise LibraryError(f"{path} has {what} version {found}, expected {expected}: rebuild the op library")
+    return library
+
+
+def _list(text: bytes) -> tuple[str, ...]:
+    return tuple(item for item in text.decode().split(",") if item)
+
+
+def cpu_features() -> tuple[str, ...]:
+    """The features of this CPU that matter to the kernels."""
+    return _list(load().qc_cpu_features())
+
+
+def isas() -> tuple[str, ...]:
+    """The instruction sets compiled in that this CPU can execute, best first."""
+    return _list(load().qc_isas())
+
+
+def isa() -> str:
+    """The instruction set in use: the best, or what QCOMPILER_ISA asked for."""
+    return load().qc_isa().decode()
+
+
+def info() -> dict[str, str]:
+    """What a report on this machine says about the op library."""
+    return {
+        "library": str(library_path()),
+        "interface": str(load().qc_abi_version()),
+        "packed layout": str(load().qc_layout_version()),
+        "cpu features": ", ".join(cpu_features()),
+        "instruction sets": ", ".join(isas()),
+        "in use": isa(),
+    }
+
+
+# ---- calling it with raw pointers
+
+
+def default_threads() -> int:
+    """One thread for each CPU that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+_pool_threads = 0
+
+
+def _context(library: ctypes.CDLL, threads: int | None, isa: str | None) -> _Context:
+    global _pool_threads
+    wanted = default_threads() if threads is None else threads
+    if wanted < 1:
+        raise ValueError(f"threads is {threads}, expected at least 1")
+    context = _Context(threads=wanted, isa=None if isa is None else isa.encode())
+    if wanted > 1:
+        if wanted != _pool_threads:
+            library.qc_pool_set_threads(wanted)
+            _pool_threads = wanted
+        context.parallel_for = ctypes.cast(library.qc_pool_parallel_for, ctypes.c_void_p)
+    return context
+
+
+def _call(library: ctypes.CDLL, function: Callable[..., int], *arguments: Any) -> None:
+    if function(*arguments) != 0:
+        raise RuntimeError(library.qc_last_error().decode())
+
+
+def linear_nbit_pointers(
+    x: int, codes: int, scales: int, zeros: int | None, bias: int | None, y: int, *, rows: int, bits: int, group: int,
+    n: int, k: int, activation: int, threads: int | None = None, isa: str | None = None,
+) -> None:  # fmt: skip
+    """y[rows, n] = x[rows, k] . W^T (+ bias) on addresses (torch: `tensor.data_ptr()`); nothing is checked here."""
+    library = load()
+    weight = _Weight(n, k, bits, group, codes, scales, zeros)
+    context = _context(library, threads, isa)
+    _call(
+        library, library.qc_linear_nbit, ctypes.byref(context), ctypes.byref(weight), activation, rows, x, bias, y
+    )  # fmt: skip
+
+
+def embedding_nbit_pointers(
+    indices: int, codes: int, scales: int, zeros: int | None, y: int, *, count: int, bits: int, group: int, n: int,
+    k: int, threads: int | None = None, isa: str | None = None,
+) -> None:  # fmt: skip
+    """y[count, k] = W[indices] on addresses; indices int64 within [0, n)."""
+    library = load()
+    weight = _Weight(n, k, bits, group, codes, scales, zeros)
+    context = _context(library, threads, isa)
+    _call(library, library.qc_embedding_nbit, ctypes.byref(context), ctypes.byref(weight), count, indices, y)
+
+
+# ---- calling it with numpy arrays
+
+
+class WeightShapes(NamedTuple):
+    """The shapes of a packed weight matrix in layout W16x4 (docs/layout.md)."""
+
+    codes: tuple[int, int, int]
+    scales: tuple[int, int, int]
+    zeros: tuple[int, int, int]
+
+
+def weight_shapes(*, bits: int, group: int, n: int, k: int) -> WeightShapes:
+    if bits not in BITS:
+        raise ValueError(f"bits is {bits!r}, expected one of {BITS}")
+    if group not in GROUPS:
+        raise ValueError(f"group is {group!r}, expected one of {GROUPS} (0: the whole row)")
+    if n < 1 or k < 1:
+        raise ValueError(f"n and k are {n!r} and {k!r}, expected at least 1")
+    tiles = -(-n // 16)
+    groups = 1 if group == 0 else -(-k // group)
+    unit_k, unit_bytes = (32, 192) if bits == 3 else (32 // bits, 64)
+    return WeightShapes((tiles, -(-k // unit_k), unit_bytes), (tiles, groups, 16), (tiles, groups, 2 * bits))
+
+
+def _checked(name: str, array: np.ndarray, dtype: type, shape: tuple[int, ...] | None = None) -> int:
+    """The array's address, once it is what the kernels will take it for."""
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{name} is a {type(array).__name__}, expected a numpy array")
+    if array.dtype != dtype or (shape is not None and array.shape != shape):
+        expected = "" if shape is None else f" {list(shape)}"
+        raise ValueError(f"{name} is {array.dtype} {list(array.shape)}, expected {np.dtype(dtype)}{expected}")
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{name} is not contiguous in C order; use np.ascontiguousarray")
+    return array.ctypes.data
+
+
+def _checked_weight(
+    codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, *, bits: int, group: int, n: int, k: int
+) -> tuple[int, int, int | None]:
+    shapes = weight_shapes(bits=bits, group=group, n=n, k=k)
+    return (
+        _checked("codes", codes, np.uint8, shapes.codes),
+        _checked("scales", scales, np.float16, shapes.scales),
+        None if zeros is None else _checked("zeros", zeros, np.uint8, shapes.zeros),
+    )
+
+
+def linear_nbit(
+    x: np.ndarray, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None = None, *, bits: int, group: int,
+    n: int, k: int, activation: int | str = "float", bias: np.ndarray | None = None, threads: int | None = None,
+    isa: str | None = None,
+) -> np.ndarray:  # fmt: skip
+    """x[..., k] . W^T (+ bias[n]) in float32, computed by the packed kernels."""
+    activation = ACTIVATIONS.get(activation, -1) if isinstance(activation, str) else activation
+    if activation not in ACTIVATIONS.values():
+        raise ValueError(f"unknown activation, expected one of {ACTIVATIONS}")
+    weight = _checked_weight(codes, scales, zeros, bits=bits, group=group, n=n, k=k)
+    x_address = _checked("x", x, np.float32)
+    if x.ndim == 0 or x.shape[-1] != k:
+        raise ValueError(f"x has shape {list(x.shape)}, expected [..., {k}]")
+    bias_address = None if bias is None else _checked("bias", bias, np.float32, (n,))
+    y = np.empty((*x.shape[:-1], n), np.float32)
+    if y.size:
+        linear_nbit_pointers(
+            x_address, *weight, bias_address, y.ctypes.data, rows=y.size // n, bits=bits, group=group, n=n, k=k,
+            activation=activation, threads=threads, isa=isa,
+        )  # fmt: skip
+    return y
+
+
+def embedding_nbit(
+    indices: np.ndarray, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None = None, *, bits: int,
+    group: int, n: int, k: int, threads: int | None = None, isa: str | None = None,
+) -> np.ndarray:  # fmt: skip
+    """The rows of W named by `indices` (int64, 0 to n - 1), decoded to float32."""
+    weight = _checked_weight(codes, scales, zeros, bits=bits, group=group, n=n, k=k)
+    address = _checked("indices", indices, np.int64)
+    y = np.empty((*indices.shape, k), np.float32)
+    if indices.size:
+        embedding_nbit_pointers(
+            address, *weight, y.ctypes.data, count=indices.size, bits=bits, group=group, n=n, k=k, threads=threads,
+            isa=isa,
+        )  # fmt: skip
+    return y

@@ -1,0 +1,80 @@
+// A node's attributes and weight tensors: read, checked, and reported in words when they do not fit.
+#ifndef QCOMPILER_ORT_ARGUMENTS_H
+#define QCOMPILER_ORT_ARGUMENTS_H
+
+#include <string>
+#include <vector>
+
+#include "ort_abi.h"
+#include "qcompiler_ops.h"
+
+namespace qc::ort {
+
+using Shape = std::vector<int64_t>;
+
+struct Tensor {
+  int type = kUndefined;
+  Shape shape;
+  void* data = nullptr;
+};
+
+// An input as messages name it.
+struct InputName {
+  size_t index;
+  const char* name;
+};
+
+int64_t int_attribute(const Api& api, const OrtKernelInfo* info, const char* name);
+
+Tensor tensor(const Api& api, const OrtValue* value);
+
+// The node's input, or null where it is left out.
+const OrtValue* find_input(const Api& api, const OrtKernelContext* context, size_t index);
+Tensor required_input(const Api& api, const OrtKernelContext* context, InputName input);
+
+std::string text(const Shape& shape);
+
+// "LinearNBit node '/model/layers.0/mlp/up_proj'".
+std::string node_text(const Api& api, const OrtKernelInfo* info, const char* op);
+
+// The tensors of a packed weight matrix. Those that are constant initializers are checked once, at session creation,
+// and their pointer is kept: it lies in the mapped file. Any other is checked on each call.
+class Weight {
+ public:
+  // `first` is the input index of codes; scales and zeros follow it.
+  Weight(const Api& api, const OrtKernelInfo* info, size_t first);
+
+  qc_weight resolve(const Api& api, const OrtKernelContext* context) const;
+
+  int64_t n() const { return description_.n; }
+  int64_t k() const { return description_.k; }
+
+ private:
+  enum Part { kCodes, kScales, kZeros, kParts };
+
+  Shape expected_shape(Part part) const;
+  const void* checked(Part part, const Tensor& found) const;
+
+  qc_weight description_{};
+  size_t first_;
+  const void* constant_[kParts] = {};
+};
+
+// The same for an optional float vector of n elements.
+class Bias {
+ public:
+  Bias(const Api& api, const OrtKernelInfo* info, size_t index, int64_t n);
+
+  const float* resolve(const Api& api, const OrtKernelContext* context) const;
+
+ private:
+  const float* checked(const Tensor& found) const;
+
+  size_t index_;
+  int64_t n_;
+  const float* constant_ = nullptr;
+};
+
+}  // namespace qc::ort
+
+#endif
