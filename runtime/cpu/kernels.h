@@ -1,0 +1,62 @@
+// What an instruction set provides, and what the driver (linear.cpp) hands it.
+#ifndef QCOMPILER_KERNELS_H
+#define QCOMPILER_KERNELS_H
+
+#include <cstdint>
+
+namespace qc {
+
+// A validated weight matrix; see qc_weight.
+struct Matrix {
+  int64_t n, k;
+  int32_t bits, group;
+  const uint8_t* codes;
+  const uint16_t* scales;
+  const uint8_t* zeros;  // null: symmetric
+  int64_t tiles, groups, tile_bytes;
+};
+
+// One linear op on prepared activations. The row dimension is cut into blocks of `block_rows` rows (R below), padded
+// with zero rows; inside a block the rows lie side by side, so that a kernel reads its activations in one stream:
+//   int8   x[block][k / 4][R][4]   float  x[block][k][R]      k rounded up to 32 with zero activations
+// A segment (docs/layout.md) is `segment` columns, the last one may be short; every segment has one activation scale a
+// row, sa[block][segment][R]. All its values of a row with a non-finite activation are NaN, and nothing else is.
+struct LinearJob {
+  Matrix weight;
+  int64_t rows, block_rows, x_block_bytes;
+  int64_t segment, segments;
+  int64_t groups_per_segment;  // 1, or 0 when all segments share the row's only scale
+  const void* x;
+  const float* sa;       // int8 only
+  const int32_t* sums;   // int8 only, [block][segment][R]: sum of a; symmetric: -(zero point, biased) * sum of a
+  const float* bias;     // may be null
+  float* y;
+};
+
+// Computes the outputs of tiles [tile_begin, tile_end) for row blocks [block_begin, block_end).
+using LinearFunction = void (*)(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin,
+                                int64_t block_end);
+
+// Quantizes one row to int8: a[k], one scale per `block` columns in sa[ceil(k / block)], and the sum of a over every
+// `segment` columns in sums. False when an activation is not finite (a, sa and sums are then unspecified but in bounds).
+using QuantizeFunction = bool (*)(const float* x, int64_t k, int64_t block, int64_t segment, int8_t* a, float* sa,
+                                  int32_t* sums);
+
+struct Kernels {
+  const char* name;
+  // Rows a block may have, ascending, ended by 0.
+  const int* int8_block_rows;
+  const int* float_block_rows;
+  QuantizeFunction quantize_row;
+  LinearFunction linear_int8;
+  LinearFunction linear_float;
+};
+
+extern const Kernels kGenericKernels;
+#if defined(QC_HAVE_X86_KERNELS)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512VnniKernels;
+#endif
+
+}  // namespace qc
+#endif

@@ -1,0 +1,219 @@
+// Prepares activations for the kernels and cuts the work into pieces.
+#include "linear.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+#include "layout.h"
+#include "scratch.h"
+
+namespace qc {
+namespace {
+
+constexpr int64_t kPieceBytes = 128 << 10;       // weights per claim
+constexpr int64_t kSmallBytes = 512 << 10;       // a matrix this small, with
+constexpr int64_t kSmallProducts = 4 << 20;      // this few multiplications, stays on the calling thread
+constexpr int64_t kActivationBytes = 2 << 20;    // prepared activations that are swept at once
+constexpr int64_t kPrepareElements = 128 << 10;  // fewer are prepared on the calling thread
+
+// The block size with the least work: a block costs its rows and, once, the decoding of its weights.
+int choose_block_rows(const int* sizes, int64_t rows) {
+  constexpr double kDecode = 1.5;
+  int best = sizes[0];
+  double best_cost = std::numeric_limits<double>::infinity();
+  for (; *sizes; ++sizes) {
+    const double cost = double(ceil_div(rows, *sizes)) * (*sizes + kDecode);
+    if (cost < best_cost) best_cost = cost, best = *sizes;
+  }
+  return best;
+}
+
+// Consecutive 64-byte aligned parts of one lease.
+class Parts {
+ public:
+  int64_t add(int64_t bytes) {
+    const int64_t offset = size_;
+    size_ += ceil_div(bytes, 64) * 64;
+    return offset;
+  }
+  size_t size() const { return size_t(size_); }
+
+ private:
+  int64_t size_ = 0;
+};
+
+struct Int8Preparation {
+  const Kernels& kernels;
+  const Matrix& weight;
+  qc_activation activation;
+  const float* x;
+  LinearJob& job;
+  // One row's quantizer output, a set for every piece of preparation.
+  unsigned char* rows_scratch;
+  int64_t rows_scratch_bytes, padded_k;
+
+  int64_t activation_block() const { return activation == QC_ACT_INT8_BLOCK ? kActivationBlock : weight.k; }
+  int64_t activation_blocks() const { return ceil_div(weight.k, activation_block()); }
+
+  // Rows of one block, quantized and laid side by side.
+  void prepare(int64_t block, int64_t piece) const {
+    const int64_t R = job.block_rows, segments = job.segments;
+    int8_t* row = reinterpret_cast<int8_t*>(rows_scratch + piece * rows_scratch_bytes);
+    float* row_sa = reinterpret_cast<float*>(row + padded_k);
+    int32_t* row_sums = reinterpret_cast<int32_t*>(row_sa + activation_blocks());
+    int8_t* packed = static_cast<int8_t*>(const_cast<void*>(job.x)) + block * job.x_block_bytes;
+    float* sa = const_cast<float*>(job.sa) + block * segments * R;
+    int32_t* sums = const_cast<int32_t*>(job.sums) + block * segments * R;
+    const int32_t zero = symmetric_zero(weight.bits) + code_bias(weight.bits);
+
+    for (int64_t r = 0; r < R; ++r) {
+      const int64_t source = block * R + r;
+      bool finite = true;
+      if (source < job.rows) {
+        finite = kernels.quantize_row(x + source * weight.k, weight.k, activation_block(), job.segment, row, row_sa,
+                                      row_sums);
+        std::memset(row + weight.k, 0, size_t(padded_k - weight.k));
+      } else {
+        std::memset(rows_scratch + piece * rows_scratch_bytes, 0, size_t(rows_scratch_bytes));
+      }
+      if (R == 1) {
+        std::memcpy(packed, row, size_t(padded_k));
+      } else {
+        for (int64_t k4 = 0; k4 < padded_k / 4; ++k4) std::memcpy(packed + (k4 * R + r) * 4, row + 4 * k4, 4);
+      }
+      for (int64_t s = 0; s < segments; ++s) {
+        const float scale = row_sa[s * job.segment / activation_block()];
+        sa[s * R + r] = finite ? scale : std::numeric_limits<float>::quiet_NaN();
+        // Symmetric: the whole correction; it may wrap, as the sum that it corrects.
+        const uint32_t sum = uint32_t(row_sums[s]);
+        sums[s * R + r] = int32_t(weight.zeros ? sum : 0u - uint32_t(zero) * sum);
+      }
+    }
+  }
+};
+
+struct FloatPreparation {
+  const Matrix& weight;
+  const float* x;
+  LinearJob& job;
+  int64_t padded_k;
+
+  void prepare(int64_t block) const {
+    const int64_t R = job.block_rows;
+    float* packed = reinterpret_cast<float*>(static_cast<unsigned char*>(const_cast<void*>(job.x)) +
+                                             block * job.x_block_bytes);
+    for (int64_t r = 0; r < R; ++r) {
+      const int64_t source = block * R + r;
+      const float* row = source < job.rows ? x + source * weight.k : nullptr;
+      const bool finite = !row || all_finite(row, weight.k);
+      for (int64_t k = 0; k < padded_k; ++k) {
+        const bool inside = row && k < weight.k;
+        packed[k * R + r] = !finite ? std::numeric_limits<float>::quiet_NaN() : inside ? row[k] : 0.0f;
+      }
+    }
+  }
+
+  static bool all_finite(const float* row, int64_t k) {
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < k; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, row + i, 4);
+      largest = std::max(largest, bits & 0x7fffffffu);
+    }
+    return largest < 0x7f800000u;
+  }
+};
+
+// Cuts tiles (and, where those are few, row blocks) into pieces and runs the kernel on each.
+void run_pieces(const Workers& workers, LinearFunction kernel, const LinearJob& job) {
+  const Matrix& w = job.weight;
+  const int64_t blocks = ceil_div(job.rows, job.block_rows);
+  const double products = double(w.n) * double(w.k) * double(job.rows);
+  if (workers.threads <= 1 || !workers.parallel_for ||
+      (w.tiles * w.tile_bytes < kSmallBytes && products < double(kSmallProducts))) {
+    kernel(job, 0, w.tiles, 0, blocks);
+    return;
+  }
+  const int64_t tile_work = w.tile_bytes * ceil_div(job.rows, 4);
+  const int64_t tiles_per_piece = std::clamp<int64_t>(kPieceBytes / tile_work, 1, w.tiles);
+  const int64_t tile_pieces = ceil_div(w.tiles, tiles_per_piece);
+  const int64_t wanted = 4 * int64_t(workers.threads);
+  const int64_t row_cuts = tile_pieces < wanted ? std::min(blocks, ceil_div(wanted, tile_pieces)) : 1;
+  const int64_t blocks_per_piece = ceil_div(blocks, row_cuts);
+  const int64_t row_pieces = ceil_div(blocks, blocks_per_piece);
+  workers.run(tile_pieces * row_pieces, [&](int64_t i) {
+    const int64_t tile = i / row_pieces * tiles_per_piece, block = i % row_pieces * blocks_per_piece;
+    kernel(job, tile, std::min(tile + tiles_per_piece, w.tiles), block, std::min(block + blocks_per_piece, blocks));
+  });
+}
+
+// Prepares and computes up to a sweep's worth of rows.
+bool run_sweep(const Kernels& kernels, const Workers& workers, const Matrix& weight, qc_activation activation,
+               int64_t rows, const float* x, const float* bias, float* y) {
+  const bool integer = activation != QC_ACT_FLOAT;
+  const int64_t padded_k = ceil_div(weight.k, kChunk) * kChunk;
+
+  LinearJob job{};
+  job.weight = weight;
+  job.rows = rows;
+  job.block_rows = choose_block_rows(integer ? kernels.int8_block_rows : kernels.float_block_rows, rows);
+  const int64_t blocks = ceil_div(rows, job.block_rows);
+  job.x_block_bytes = job.block_rows * padded_k * (integer ? 1 : int64_t(sizeof(float)));
+  job.segment = weight.group ? weight.group : activation == QC_ACT_INT8_BLOCK ? kActivationBlock : weight.k;
+  job.segments = ceil_div(weight.k, job.segment);
+  job.groups_per_segment = weight.group ? 1 : 0;
+  job.bias = bias;
+  job.y = y;
+
+  const bool prepare_in_parallel = rows * weight.k >= kPrepareElements;
+  const int64_t prepare_pieces = prepare_in_parallel ? std::min<int64_t>(blocks, 4 * int64_t(workers.threads)) : 1;
+  const int64_t values = blocks * job.block_rows * job.segments;
+  const int64_t row_bytes = ceil_div(padded_k + 4 * (ceil_div(weight.k, kActivationBlock) + job.segments), 64) * 64;
+  Parts parts;
+  const int64_t x_at = parts.add(blocks * job.x_block_bytes);
+  const int64_t sa_at = parts.add(integer ? values * 4 : 0);
+  const int64_t sums_at = parts.add(integer ? values * 4 : 0);
+  const int64_t rows_at = parts.add(integer ? prepare_pieces * row_bytes : 0);
+  const ScratchLease lease(parts.size());
+  if (!lease.data()) return false;
+  job.x = lease.data() + x_at;
+  job.sa = reinterpret_cast<const float*>(lease.data() + sa_at);
+  job.sums = reinterpret_cast<const int32_t*>(lease.data() + sums_at);
+
+  const int64_t blocks_per_piece = ceil_div(blocks, prepare_pieces);
+  const auto prepare_all = [&](auto&& prepare) {
+    workers.run(prepare_pieces, [&](int64_t piece) {
+      const int64_t end = std::min(blocks, (piece + 1) * blocks_per_piece);
+      for (int64_t block = piece * blocks_per_piece; block < end; ++block) prepare(block, piece);
+    });
+  };
+  if (integer) {
+    const Int8Preparation preparation{kernels, weight, activation, x, job, lease.data() + rows_at, row_bytes, padded_k};
+    prepare_all([&](int64_t block, int64_t piece) { preparation.prepare(block, piece); });
+  } else {
+    const FloatPreparation preparation{weight, x, job, padded_k};
+    prepare_all([&](int64_t block, int64_t) { preparation.prepare(block); });
+  }
+  run_pieces(workers, integer ? kernels.linear_int8 : kernels.linear_float, job);
+  return true;
+}
+
+}  // namespace
+
+bool run_linear(const Kernels& kernels, const Workers& workers, const Matrix& weight, qc_activation activation,
+                int64_t rows, const float* x, const float* bias, float* y) {
+  // Prepared activations of a sweep stay in the cache; more rows take another sweep over the weights.
+  const int64_t row_bytes = weight.k * (activation == QC_ACT_FLOAT ? int64_t(sizeof(float)) : 1);
+  const int64_t sweep = std::clamp<int64_t>(kActivationBytes / row_bytes / 48 * 48, 96, 1536);
+  for (int64_t begin = 0; begin < rows; begin += sweep) {
+    if (!run_sweep(kernels, workers, weight, activation, std::min(sweep, rows - begin), x + begin * weight.k, bias,
+                   y + begin * weight.n)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace qc

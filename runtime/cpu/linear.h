@@ -1,0 +1,34 @@
+// Drivers of the two ops on validated arguments.
+#ifndef QCOMPILER_LINEAR_H
+#define QCOMPILER_LINEAR_H
+
+#include "kernels.h"
+#include "qcompiler_ops.h"
+
+namespace qc {
+
+// Where pieces of work run; a null parallel_for means the calling thread.
+struct Workers {
+  qc_parallel_for parallel_for;
+  void* pool;
+  int threads;
+
+  // body(i) for i in [0, count). The body must not throw.
+  template <class Body>
+  void run(int64_t count, Body&& body) const {
+    if (count <= 1 || threads <= 1 || !parallel_for) {
+      for (int64_t i = 0; i < count; ++i) body(i);
+    } else {
+      parallel_for(pool, [](void* user, size_t i) { (*static_cast<Body*>(user))(int64_t(i)); }, size_t(count), &body);
+    }
+  }
+};
+
+// False when memory ran out.
+bool run_linear(const Kernels& kernels, const Workers& workers, const Matrix& weight, qc_activation activation,
+                int64_t rows, const float* x, const float* bias, float* y);
+
+void run_embedding(const Workers& workers, const Matrix& weight, int64_t count, const int64_t* indices, float* y);
+
+}  // namespace qc
+#endif
