@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -55,3 +55,24 @@ class Pass:
 
     def run(self, graph: Graph, context: Context) -> Report:
         raise NotImplementedError(f"{type(self).__name__}.run")
+
+    @classmethod
+    def parse(cls, options: dict[str, Any]) -> Pass:
+        """The pass with these fields, checked by pydantic.
+
+        Raises:
+            ValueError: an unknown or ill-typed field, named.
+        """
+        from pydantic import TypeAdapter, ValidationError
+
+        from qcompiler.recipe.errors import unknown_key
+
+        known = [f.name for f in fields(cls)]
+        for key in options:
+            if key not in known:
+                raise ValueError(f"{cls.name}: {unknown_key('option', key, known)}")
+        try:
+            return TypeAdapter(cls).validate_python(options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"{cls.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}; found {first['input']!r}") from error

@@ -1,0 +1,73 @@
+"""Give every site the format that the recipe asks for, or say why it stays in float."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from qcompiler.errors import UsageError
+from qcompiler.pipeline.passes import Pass, Report, Skip
+
+if TYPE_CHECKING:
+    from qcompiler.graph.graph import Graph, Site
+    from qcompiler.pipeline.context import Context
+
+LARGEST_K = 65536  # longer rows could overflow the int32 sums of an int8 kernel
+
+
+@dataclass(frozen=True)
+class AssignFormats(Pass):
+    """site  ─▶  site : int4-g32-sym/int8-block128   (a decision; the graph does not change)"""
+
+    name: ClassVar[str] = "assign_formats"
+    stage: ClassVar[str] = "analyse"
+    required: ClassVar[bool] = True
+
+    def run(self, graph: Graph, context: Context) -> Report:
+        report = Report(matched=len(graph.sites))
+        for site in graph.sites:
+            n, k = site.shape
+            scheme = context.recipe.scheme(site.name, site.kind, site.role, n * k)
+            if scheme == "float":
+                context.left_in_float[site.name] = "the recipe keeps it in float"
+            elif k > LARGEST_K:
+                context.left_in_float[site.name] = f"rows of {k} weights; the kernels sum at most {LARGEST_K}"
+            else:
+                if context.recipe.strict_groups and scheme.group and k % scheme.group:
+                    raise UsageError(f"layer {site.name}: rows of {k} do not divide into groups of {scheme.group}, and the recipe says strict_groups")
+                context.schemes[site.name] = scheme
+                report.layers[site.name] = {"format": scheme.weight_format.label, "activation": scheme.activations}
+                report.changed += 1
+                continue
+            report.skipped.append(Skip(site.name, context.left_in_float[site.name]))
+        _check_ties(graph.sites, context)
+        _check_overrides(graph.sites, context, report)
+        return report
+
+
+def _check_ties(sites: list[Site], context: Context) -> None:
+    """Sites of one storage must agree: they share one packed tensor."""
+    groups: dict[int, Site] = {}
+    for site in sites:
+        if site.tie_group is None:
+            continue
+        first = groups.setdefault(site.tie_group, site)
+        formats = [context.schemes[s.name].weight_format.label if s.name in context.schemes else "float" for s in (first, site)]
+        if formats[0] != formats[1]:
+            raise UsageError(
+                f"{first.name} and {site.name} are one tied tensor, but the recipe asks for {formats[0]} and {formats[1]}; give both the same weight format"
+            )
+
+
+def _check_overrides(sites: list[Site], context: Context, report: Report) -> None:
+    """An override that selects nothing is reported: it is a typo more often than a wish."""
+    for index, override in enumerate(context.recipe.overrides):
+        if not any(override.select.matches(s.name, s.role, s.shape[0] * s.shape[1]) for s in sites):
+            name = f"overrides.{index}"
+            if name not in context.recipe.allow.unmatched:
+                known = sorted({s.role for s in sites if s.role})
+                raise UsageError(
+                    f"recipe {context.recipe.name}: {name} selects no layer ({override.select}); roles here: {', '.join(known) or 'none'}; "
+                    f"names look like {sites[0].name!r}. Allow it with allow: {{unmatched: [{name}]}}"
+                )
+            report.skipped.append(Skip(name, "selects no layer; allowed by the recipe"))

@@ -1,0 +1,1 @@
+"""The mathematics of quantization: ranges, scales, rounding, errors. Torch tensors in, torch tensors out."""

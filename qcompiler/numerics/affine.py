@@ -1,0 +1,159 @@
+"""Affine quantization of weights: x̃ = S · (q − Z), q = clamp(round(x / S) + Z), round half to even (as ONNX defines it)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qcompiler.ops.formats import AffineFormat
+
+SMALLEST_SCALE = 2.0**-24  # the smallest positive float16: a scale never underflows to 0 under a weight that is not
+LARGEST_SCALE = 65504.0
+
+# Factors on the min-max range that the MSE search tries; 1 is among them, so the search never loses to min-max.
+SHRINK = torch.linspace(1.0, 0.4, 61, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class AffineWeight:
+    """A quantized matrix.
+
+    Attributes:
+        codes: `[n, k]`, int8 for 8 bits, uint8 below.
+        scales: float16 `[n, groups]`.
+        zeros: `[n, groups]` of the dtype of `codes`, or None when symmetric.
+        format: bits, group, symmetric.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    format: AffineFormat
+
+    def dequantize(self) -> torch.Tensor:
+        """W = S · (q − Z), float32 `[n, k]`."""
+        k = self.codes.shape[1]
+        width = self.format.group or k
+        spread = lambda t: t.float().repeat_interleave(width, dim=1)[:, :k]  # noqa: E731
+        centre = self.format.center if self.zeros is None else spread(self.zeros)
+        return (self.codes.float() - centre) * spread(self.scales)
+
+
+def scale_and_zero(low: torch.Tensor, high: torch.Tensor, format: AffineFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point that cover `[low, high]`, widened to contain 0 so that 0 is exact.
+
+    Args:
+        low, high: bounds, any one shape, float.
+        format: asymmetric: S = (high − low) / (2^b − 1), Z = round(q_min − low / S); symmetric: S = max(|low|, |high|) /
+            (2^(b-1) − 1), Z fixed. A range of a single point gets S = 1.
+
+    Returns:
+        `(S, Z)` of the shape of `low`; Z holds integers as float.
+    """
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    code_low, code_high = format.code_range
+    if format.symmetric:
+        scale = torch.maximum(-low, high) / (2 ** (format.bits - 1) - 1)
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        return scale, torch.full_like(scale, format.center)
+    scale = (high - low) / (code_high - code_low)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return scale, zero_point(low, scale, format)
+
+
+def zero_point(low: torch.Tensor, scale: torch.Tensor, format: AffineFormat) -> torch.Tensor:
+    """Z = clamp(round(q_min − low / S)): the integer that stands for 0 when `low` is the smallest value."""
+    code_low, code_high = format.code_range
+    return torch.round(code_low - low / scale).clamp(code_low, code_high)
+
+
+def quantize(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, format: AffineFormat) -> torch.Tensor:
+    """q = clamp(round(x / S) + Z), as float; symmetric 8 bits use [−127, 127]."""
+    code_low, code_high = format.code_range
+    if format.bits == 8 and format.symmetric:
+        code_low = -127
+    return (torch.round(x / scale) + zero).clamp(code_low, code_high)
+
+
+def _to_half(scale: torch.Tensor) -> torch.Tensor:
+    """The scale as stored: rounded to float16, never to 0."""
+    return scale.clamp(min=SMALLEST_SCALE).half().float()
+
+
+def _grouped(weight: torch.Tensor, format: AffineFormat) -> torch.Tensor:
+    """`[n, k]` -> `[n, groups, width]`; a short last group repeats its last column, which changes no range."""
+    n, k = weight.shape
+    width = format.group or k
+    short = format.groups(k) * width - k
+    if short:
+        weight = torch.cat([weight, weight[:, -1:].expand(n, short)], dim=1)
+    return weight.reshape(n, -1, width)
+
+
+def fit(weight: torch.Tensor, format: AffineFormat, clipping: str = "mse", norm: float = 2.0) -> AffineWeight:
+    """Round to nearest with a chosen clipping range a group.
+
+    Args:
+        weight: float `[n, k]`, finite.
+        format: of the result.
+        clipping: `minmax`, or `mse`: the factor of `SHRINK` on the range that makes Σ |w − w̃|^norm least, a group each,
+            with the scale already rounded to float16.
+        norm: exponent of the search.
+
+    Raises:
+        ValueError: a range whose scale float16 cannot hold.
+    """
+    n, k = weight.shape
+    rows = max(1, 2**19 // max(k, 1))
+    parts = [_fit_rows(weight[i : i + rows].float(), format, clipping, norm) for i in range(0, n, rows)]
+    dtype = torch.int8 if format.bits == 8 else torch.uint8
+    codes = torch.cat([p[0] for p in parts]).to(dtype)
+    scales = torch.cat([p[1] for p in parts]).half()
+    zeros = None if format.symmetric else torch.cat([p[2] for p in parts]).to(dtype)
+    return AffineWeight(codes, scales, zeros, format)
+
+
+def _fit_rows(weight: torch.Tensor, format: AffineFormat, clipping: str, norm: float) -> tuple[torch.Tensor, ...]:
+    n, k = weight.shape
+    w = _grouped(weight, format)
+    weight_of_column = torch.ones(w.shape[1:], dtype=w.dtype)  # the repeated columns of a short group do not count
+    weight_of_column.view(-1)[k:] = 0
+    low, high = w.amin(dim=2).clamp(max=0), w.amax(dim=2).clamp(min=0)
+
+    def candidate(factor: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        scale, _ = scale_and_zero(low * factor, high * factor, format)
+        scale = _to_half(scale)
+        zero = torch.full_like(scale, format.center) if format.symmetric else zero_point(low * factor, scale, format)
+        return scale, zero, quantize(w, scale[..., None], zero[..., None], format)
+
+    scale, zero, codes = candidate(1.0)
+    if not torch.isfinite(scale).all():
+        raise ValueError(f"a group has a range of {float((high - low).max()):.3g}; float16 scales hold at most {LARGEST_SCALE:g}")
+    if clipping == "mse":
+        best = _error(w, scale, zero, codes, weight_of_column, norm)
+        for factor in SHRINK[1:].tolist():
+            s, z, q = candidate(factor)
+            error = _error(w, s, z, q, weight_of_column, norm)
+            better = error < best
+            best = torch.where(better, error, best)
+            scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
+        codes = quantize(w, scale[..., None], zero[..., None], format)
+    elif clipping != "minmax":
+        raise ValueError(f"clipping must be 'minmax' or 'mse', got {clipping!r}")
+    return codes.reshape(n, -1)[:, :k], scale, zero
+
+
+def _error(w, scale, zero, codes, weight_of_column, norm) -> torch.Tensor:
+    difference = (codes - zero[..., None]).mul_(scale[..., None]).sub_(w)
+    difference = difference.square_() if norm == 2.0 else difference.abs_().pow_(norm)
+    return difference.mul_(weight_of_column).sum(dim=2)
+
+
+def sqnr_db(reference: torch.Tensor, approximation: torch.Tensor) -> float:
+    """10·log10(Σ reference² / Σ (reference − approximation)²); infinite when equal."""
+    noise = (reference.double() - approximation.double()).square().sum().item()
+    signal = reference.double().square().sum().item()
+    if noise == 0:
+        return float("inf")
+    return 10 * float(torch.log10(torch.tensor(signal / noise, dtype=torch.float64))) if signal else float("-inf")
