@@ -1,0 +1,78 @@
+"""The torch face of every declared op: schema, CPU kernel, fake implementation, as one opaque op each."""
+
+from __future__ import annotations
+
+import torch
+
+from qcompiler.ops import SPECS
+from qcompiler.ops.spec import OpSpec
+
+NAMESPACE = "qcompiler"
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def linear_nbit(x, codes, scales, zeros, bias, bits, group, n, k, activation, layout_version):
+    """CPU kernel of `linear_nbit`: the C++ library, on torch's tensors in place.
+
+    Raises:
+        RuntimeError: from the library, when sizes do not fit.
+    """
+    from qcompiler.runtime import library
+
+    torch._check(x.dtype == torch.float32, lambda: f"linear_nbit: x is {x.dtype}, expected float32 on the CPU")
+    torch._check(x.shape[-1] == k, lambda: f"linear_nbit: x has {x.shape[-1]} columns, the weight {k}")
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], n))
+    if y.numel():
+        library.linear_nbit_pointers(
+            x.data_ptr(), codes.data_ptr(), scales.data_ptr(), _address(zeros), _address(bias), y.data_ptr(),
+            rows=y.numel() // n, bits=bits, group=group, n=n, k=k, activation=activation, threads=torch.get_num_threads(),
+        )  # fmt: skip
+    return y
+
+
+def embedding_nbit(indices, codes, scales, zeros, bits, group, n, k, layout_version):
+    """CPU kernel of `embedding_nbit`; negative indices count from the end."""
+    from qcompiler.runtime import library
+
+    indices = torch.where(indices < 0, indices + n, indices).contiguous()
+    y = torch.empty((*indices.shape, k))
+    if y.numel():
+        library.embedding_nbit_pointers(
+            indices.data_ptr(), codes.data_ptr(), scales.data_ptr(), _address(zeros), y.data_ptr(),
+            count=indices.numel(), bits=bits, group=group, n=n, k=k, threads=torch.get_num_threads(),
+        )  # fmt: skip
+    return y
+
+
+_CPU = {"linear_nbit": linear_nbit, "embedding_nbit": embedding_nbit}
+
+
+def _fake(spec: OpSpec):
+    """Shapes and dtype of the result, from the declaration."""
+
+    def fake(*values):
+        tensors, integers = values[: len(spec.inputs)], values[len(spec.inputs) :]
+        shapes = {i.name: tuple(t.shape) for i, t in zip(spec.inputs, tensors) if t is not None}
+        return tensors[0].new_empty(spec.output_shape(shapes, dict(zip(spec.attributes, integers))), dtype=torch.float32)
+
+    return fake
+
+
+def _register() -> None:
+    for spec in SPECS.values():
+        _library.define(spec.torch_schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(spec.name, _CPU[spec.name], "CPU")
+        torch.library.register_fake(f"{NAMESPACE}::{spec.name}", _fake(spec), lib=_library)
+
+
+_register()
+
+
+def overload(name: str) -> torch._ops.OpOverload:
+    """The op to put into an FX graph: `torch.ops.qcompiler.<name>.default`."""
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
