@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qcompiler.ops.formats import LAYOUT_VERSION
+
 FORMAT = "qcompiler-artifact"
 SCHEMA = 1
-LAYOUT_VERSION = 1
 NAME = "manifest.json"
 
 TARGETS = ("onnx", "onnx-stock", "torch")
@@ -56,7 +57,7 @@ def build_manifest(
 ) -> dict[str, Any]:
     """The manifest without its `files`; `ArtifactWriter` adds those when everything else is on disk.
 
-    `source` is the model's name, not a path of this machine. `extra` adds further keys at the top and may not replace any.
+    `source` is the model's name, not a path of this machine. `extra` adds further keys at the top; it replaces none.
     """
     if target not in TARGETS:
         raise ValueError(f"target {target!r}: expected one of {', '.join(TARGETS)}")
