@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qcompiler.errors import GateError
 from qcompiler.ops.formats import LAYOUT_VERSION
 
 FORMAT = "qcompiler-artifact"
 SCHEMA = 1
 NAME = "manifest.json"
+SEAL = "manifest_sha256"
 
 TARGETS = ("onnx", "onnx-stock", "torch")
 KINDS = ("decoder", "encoder", "module")
@@ -87,6 +90,29 @@ def build_manifest(
             raise ValueError(f"extra manifest key {key!r} is already defined")
         manifest[key] = value
     return manifest
+
+
+def dump_json(value: Any) -> str:
+    """Canonical JSON of the artifact's files: sorted keys, two spaces, trailing newline; NaN and Inf are refused."""
+    return json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def seal(manifest: Mapping[str, Any]) -> bytes:
+    """The bytes of manifest.json: canonical, with a hash of itself, so that a change in it shows like any other."""
+    body = {key: value for key, value in manifest.items() if key != SEAL}
+    return dump_json({**body, SEAL: hashlib.sha256(dump_json(body).encode()).hexdigest()}).encode()
+
+
+def check_seal(path: Path) -> None:
+    """Raise GateError unless manifest.json is byte for byte what `seal` wrote."""
+    data = path.read_bytes()
+    try:
+        manifest = json.loads(data)
+        intact = isinstance(manifest, dict) and data == seal(manifest)
+    except (ValueError, RecursionError):
+        intact = False
+    if not intact:
+        raise GateError(f"{path} is not as it was written: its own SHA-256 ({SEAL}) does not fit its content")
 
 
 def read_ours(directory: Path) -> dict[str, Any] | None:

@@ -14,16 +14,11 @@ from typing import IO, Any
 
 from qcompiler.artifact import files, interrupt
 from qcompiler.artifact.lock import WriterLock
-from qcompiler.artifact.manifest import FORMAT, NAME, read_ours
+from qcompiler.artifact.manifest import FORMAT, NAME, dump_json, read_ours, seal
 from qcompiler.errors import CapacityError, InputError
 
 # Kept free beyond what is asked for: file systems slow down and metadata grows near the end.
 HEADROOM = 0.05
-
-
-def dump_json(value: Any) -> str:
-    """Canonical JSON of the artifact's files: sorted keys, two spaces, trailing newline; NaN and Inf are refused."""
-    return json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 class ArtifactWriter:
@@ -284,7 +279,7 @@ class ArtifactWriter:
         for folder, _, _ in os.walk(self._aside, topdown=False):
             files.sync_directory(Path(folder))
         manifest = self._aside / NAME
-        manifest.write_bytes(dump_json({**self._manifest, "files": contents}).encode("utf-8"))
+        manifest.write_bytes(seal({**self._manifest, "files": contents}))
         files.sync_file(manifest)
         files.sync_directory(self._aside)
         with interrupt.deferred():

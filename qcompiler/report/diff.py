@@ -10,7 +10,7 @@ from typing import Any
 from qcompiler.errors import InputError, UsageError
 from qcompiler.report import tables
 from qcompiler.report.graphdiff import GraphDiff, diff_graphs, diff_lines
-from qcompiler.report.inspect import find_pass, graph_after
+from qcompiler.report.inspect import find_pass
 from qcompiler.report.records import Records, load_records
 from qcompiler.report.tables import Column, Document, Table, Text
 
@@ -70,7 +70,7 @@ def diff_passes(directory: Path, passes: str) -> Document:
 
     Args:
         directory: the artifact.
-        passes: `P..Q`; either may be a name, an index or a label, or empty: from the capture, to the last pass.
+        passes: `P..Q`; either may be a name, an index, a label, or empty (the capture; the last pass).
     """
     start, dots, end = passes.partition("..")
     if not dots:
@@ -78,19 +78,16 @@ def diff_passes(directory: Path, passes: str) -> Document:
     records = load_records(directory)
     if not records.passes:
         raise InputError(f"{directory} records no passes")
-    from_capture = start in ("", "capture", "0") and not any(r.name == "capture" for r in records.passes)
-    first = None if from_capture else find_pass(records, start)
+    first = find_pass(records, start) if start else records.passes[0]
     last = find_pass(records, end) if end else records.passes[-1]
-    low = first.index if first else -1
-    if last.index < low:
-        raise UsageError(f"--passes {passes!r}: {last.label} ran before {first.label if first else 'the capture'}")
-    before = records.graph_text(first) if first else graph_after(directory, "capture")
-    graph = diff_graphs(before, records.graph_text(last))
-    layers = diff_layers(records.state_after(low), records.state_after(last.index))
-    between = [r for r in records.passes if low < r.index <= last.index]
+    if last.index < first.index:
+        raise UsageError(f"--passes {passes!r}: {last.label} ran before {first.label}")
+    graph = diff_graphs(records.graph_text(first), records.graph_text(last))
+    layers = diff_layers(records.state_after(first.index), records.state_after(last.index))
+    between = [r for r in records.passes if first.index < r.index <= last.index]
     data = {
         "artifact": str(directory),
-        "from": first.label if first else "000-capture",
+        "from": first.label,
         "to": last.label,
         "passes": [
             {"pass": r.label, "matched": r.matched, "changed": r.changed, "skipped": len(r.skipped)} for r in between

@@ -76,11 +76,6 @@ def inspect_artifact(directory: Path, layer: str | None = None) -> Document:
 def graph_after(directory: Path, name: str) -> str:
     """Canonical graph text after the pass of that name, index (`3`) or label (`003-normalise_linear`)."""
     records = load_records(directory)
-    if name in ("capture", "0", "000-capture") and not any(r.name == "capture" or r.index == 0 for r in records.passes):
-        text = records.text("trace/graphs/000-capture.txt")
-        if text is None:
-            raise InputError(f"{directory}: the captured graph was not kept")
-        return text
     return records.graph_text(find_pass(records, name))
 
 

@@ -157,9 +157,16 @@ def load_records(directory: str | os.PathLike[str]) -> Records:
         ) from error
 
 
+def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Ratios in dB may be infinite (an exact layer); JSON has no word for that, so they are written as text."""
+    return {
+        key: float(value) if key.endswith("_db") and isinstance(value, str) else value for key, value in record.items()
+    }
+
+
 def _layer(record: Mapping[str, Any]) -> Layer:
     known = {f.name for f in fields(Layer)} - {"more"}
-    values = {key: value for key, value in record.items() if key in known}
+    values = {key: value for key, value in _numbers(record).items() if key in known}
     values["shape"] = tuple(record.get("shape") or ())
     return Layer(**values, more={key: value for key, value in record.items() if key not in known})
 
@@ -169,6 +176,7 @@ def _pass(record: Mapping[str, Any], timing: Mapping[str, Any]) -> PassRecord:
     values = {key: value for key, value in record.items() if key in known}
     for key in ("skipped", "fallbacks"):
         values[key] = tuple((str(skip["node"]), str(skip["reason"])) for skip in record.get(key, ()))
+    values["layers"] = {name: _numbers(change) for name, change in record.get("layers", {}).items()}
     values["milliseconds"] = timing.get("milliseconds")
     values["peak_rss_bytes"] = timing.get("peak_rss_bytes")
     return PassRecord(**values)

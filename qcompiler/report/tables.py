@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,7 +62,17 @@ class Document:
 
     def to_json(self) -> str:
         """One object with `schema` and `report` first."""
-        return json.dumps({"schema": SCHEMA, "report": self.report, **self.data}, indent=2, ensure_ascii=False)
+        data = {"schema": SCHEMA, "report": self.report, **self.data}
+        return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become the texts `inf`, `-inf`, `nan`, as in the artifact's records."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show(document: Document, as_json: bool = False, stream: TextIO | None = None) -> None:
