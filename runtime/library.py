@@ -185,19 +185,13 @@ def default_threads() -> int:
     return os.cpu_count() or 1
 
 
-_pool_threads = 0
-
-
 def _context(library: ctypes.CDLL, threads: int | None, isa: str | None) -> _Context:
-    global _pool_threads
     wanted = default_threads() if threads is None else threads
     if wanted < 1:
         raise ValueError(f"threads is {threads}, expected at least 1")
     context = _Context(threads=wanted, isa=None if isa is None else isa.encode())
     if wanted > 1:
-        if wanted != _pool_threads:
-            library.qc_pool_set_threads(wanted)
-            _pool_threads = wanted
+        library.qc_pool_set_threads(wanted)
         context.parallel_for = ctypes.cast(library.qc_pool_parallel_for, ctypes.c_void_p)
     return context
 
@@ -215,9 +209,8 @@ def linear_nbit_pointers(
     library = load()
     weight = _Weight(n, k, bits, group, codes, scales, zeros)
     context = _context(library, threads, isa)
-    _call(
-        library, library.qc_linear_nbit, ctypes.byref(context), ctypes.byref(weight), activation, rows, x, bias, y
-    )  # fmt: skip
+    arguments = (ctypes.byref(context), ctypes.byref(weight), activation, rows, x, bias, y)
+    _call(library, library.qc_linear_nbit, *arguments)
 
 
 def embedding_nbit_pointers(
