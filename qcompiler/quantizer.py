@@ -1,0 +1,120 @@
+"""The pipeline as transformers' exporters see it: `OnnxConfig(quantizer=qcompiler.Quantizer(recipe))`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.exporters.configs import ExportFormat
+from transformers.exporters.quantizers.base import ExportQuantizer
+
+from qcompiler import recipe as recipes
+from qcompiler.errors import GateError, InputError
+from qcompiler.graph.graph import Graph, Kind
+from qcompiler.ops.onnx_ops import register
+from qcompiler.passes import pipeline
+from qcompiler.pipeline.context import Context
+from qcompiler.pipeline.manager import PassManager, peak_rss_bytes
+from qcompiler.pipeline.probe import output_sqnr
+from qcompiler.pipeline.trace import Trace
+from qcompiler.recipe.schema import Recipe
+from qcompiler.report.progress import Reporter, Silent
+
+
+class Quantizer(ExportQuantizer):
+    """Runs a recipe's passes on the graph that an exporter captured.
+
+    Args:
+        recipe: name, YAML file, mapping or Recipe.
+        reporter: progress; silent by default.
+        samples: yields keyword arguments of the graph for calibration and for the layers' output SQNR; defaults to
+            `calibration_dataset`, else to the inputs that the graph was captured with.
+        verify_each: verify the graph after every pass (tests).
+
+    After `quantize`: `trace`, `graph` and `context` hold what happened.
+    """
+
+    quantizes_fx_graph = True
+    supported_formats = (ExportFormat.ONNX, ExportFormat.DYNAMO)
+    required_packages = ("torch", "onnx", "onnxscript")
+
+    def __init__(
+        self,
+        recipe: str | Path | dict | Recipe = "int4",
+        *,
+        reporter: Reporter | None = None,
+        samples: Callable[[], Iterable[dict[str, Any]]] | None = None,
+        calibration_dataset: Iterable[dict[str, Any]] | None = None,
+        kind: Kind | None = None,
+        verify_each: bool = False,
+    ):
+        super().__init__(calibration_dataset)
+        register()
+        self.recipe = recipes.load(recipe)
+        self.reporter = reporter or Silent()
+        self.samples = samples
+        self.kind = kind
+        self.verify_each = verify_each
+        self.trace = Trace()
+        self.graph: Graph | None = None
+        self.context: Context | None = None
+
+    def quantize(self, model: Any, sample_inputs: dict[str, Any], export_format: ExportFormat) -> torch.fx.GraphModule:
+        """Rewrite the captured graph by the recipe.
+
+        Raises:
+            GateError: a pass matched nothing, fell back, or coverage is below what the recipe asks for.
+        """
+        start = time.perf_counter()
+        kind = self.kind or ("decoder" if any("past" in name for name in sample_inputs) else "encoder")
+        graph = self.graph = Graph(model, kind, sample_inputs)
+        calibration = self.calibration_dataset
+        samples = self.samples or (lambda: calibration if calibration is not None else [sample_inputs])
+        context = self.context = Context(self.recipe, self.reporter, samples=samples)
+        manager = PassManager(self.trace, self.verify_each)
+        manager.capture(graph, {"milliseconds": 1000 * (time.perf_counter() - start), "peak_rss_bytes": peak_rss_bytes()})
+        before, after = pipeline(self.recipe)
+        manager.run(graph, context, before)
+        self._check_coverage()
+        self._probe(graph, context)
+        manager.run(graph, context, after)
+        return graph.module
+
+    def _probe(self, graph: Graph, context: Context) -> None:
+        self.reporter.stage("measure_outputs")
+        start = time.perf_counter()
+        layers = {name: {"output_sqnr_db": value} for name, value in output_sqnr(graph, context).items()}
+        for name, values in layers.items():
+            if values["output_sqnr_db"] != values["output_sqnr_db"]:
+                raise InputError(f"layer {name}: its output is not finite on the calibration samples")
+        timing = {"milliseconds": 1000 * (time.perf_counter() - start), "peak_rss_bytes": peak_rss_bytes()}
+        self.trace.add_numbers("measure_outputs", "solve", layers, {}, timing)
+
+    def _check_coverage(self) -> None:
+        coverage, left = self.coverage()
+        if coverage < self.recipe.allow.min_coverage:
+            listed = "".join(f"\n  {name}: {size} bytes: {reason}" for name, (size, reason) in left.items())
+            raise GateError(
+                f"{coverage:.1%} of the bytes of constant matmul weights would be quantized, {self.recipe.allow.min_coverage:.0%} are asked for; "
+                f"left in float:{listed}\nAllow it with the recipe's allow: {{min_coverage: {max(0.0, coverage - 0.005):.2f}}}"
+            )
+
+    def coverage(self) -> tuple[float, dict[str, tuple[int, str]]]:
+        """Share of the bytes of all constant matmul weights that are quantized, and what is left: name -> (bytes, why)."""
+        assert self.graph is not None and self.context is not None, "call quantize first"
+        left = dict(self.graph.leftovers)
+        done, seen = 0, set()
+        for site in self.graph.sites:
+            if site.tie_group is not None and site.tie_group in seen:
+                continue
+            seen.add(site.tie_group)
+            size = 4 * site.shape[0] * site.shape[1]
+            if site.name in self.context.schemes:
+                done += size
+            elif site.kind == "linear":
+                left[site.name] = (size, self.context.left_in_float.get(site.name, "not solved"))
+        total = done + sum(size for size, _ in left.values())
+        return (done / total if total else 0.0), left
