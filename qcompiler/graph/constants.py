@@ -1,42 +1,115 @@
-"""Constants of a GraphModule: find, add, drop those that nothing reads."""
+"""Constants of a graph: read them through what only relabels them, and write new ones under dotted names."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.fx import GraphModule, Node
 
+aten = torch.ops.aten
 
-def get(module: torch.nn.Module, name: str) -> torch.Tensor:
-    """The parameter or buffer of that dotted name."""
+# What hands its first argument on unchanged, or in another layout or type: a weight is looked through these.
+_RELABELLING = frozenset(
+    {
+        aten.alias.default,
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.detach.default,
+        aten.expand.default,
+        aten.lift_fresh_copy.default,
+        aten.permute.default,
+        aten.reshape.default,
+        aten.select.int,
+        aten.slice.Tensor,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.t.default,
+        aten.to.device,
+        aten.to.dtype,
+        aten.to.dtype_layout,
+        aten.to.other,
+        aten._to_copy.default,
+        aten.transpose.int,
+        aten.unsqueeze.default,
+        aten.view.default,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A constant and the ops between it and its use.
+
+    Attributes:
+        name: dotted name of the parameter or buffer.
+        chain: the ops, the first applied first; empty when it is used as it is.
+    """
+
+    name: str
+    chain: tuple[Node, ...]
+
+    def value(self, module: GraphModule, then: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> torch.Tensor:
+        """The constant as its user sees it, with `then` applied."""
+        tensor = attribute(module, self.name).detach()
+        for node in self.chain:
+            tensor = node.target(tensor, *node.args[1:], **node.kwargs)
+        return then(tensor)
+
+
+def constant_of(argument: object) -> Constant | None:
+    """The constant that `argument` shows, looked at through ops that only relabel; None when it is not one."""
+    chain: list[Node] = []
+    node = argument
+    while isinstance(node, Node):
+        if node.op == "get_attr":
+            return Constant(str(node.target), tuple(reversed(chain)))
+        others = node.all_input_nodes[1:]
+        if node.op != "call_function" or node.target not in _RELABELLING or others:
+            return None
+        chain.append(node)
+        node = node.args[0]
+    return None
+
+
+def attribute(module: torch.nn.Module, name: str) -> torch.Tensor:
     owner, _, leaf = name.rpartition(".")
     return getattr(module.get_submodule(owner), leaf)
 
 
-def add_buffer(module: GraphModule, name: str, value: torch.Tensor) -> str:
-    """Register `value` under a dotted name, making the modules on the way; returns the name."""
+def has_attribute(module: torch.nn.Module, name: str) -> bool:
+    owner, _, leaf = name.rpartition(".")
+    try:
+        return hasattr(module.get_submodule(owner), leaf)
+    except AttributeError:
+        return False
+
+
+def set_parameter(module: GraphModule, name: str, value: torch.Tensor) -> None:
+    """Create or replace the parameter of that dotted name, with the modules on the way where there are none."""
+    owner_name, _, leaf = name.rpartition(".")
     owner: torch.nn.Module = module
-    *path, leaf = name.split(".")
-    for part in path:
+    for part in owner_name.split(".") if owner_name else ():
         if not hasattr(owner, part):
             owner.add_module(part, torch.nn.Module())
         owner = getattr(owner, part)
-    owner.register_buffer(leaf, value)
-    return name
+    owner._parameters.pop(leaf, None)
+    owner._buffers.pop(leaf, None)
+    owner.register_parameter(leaf, torch.nn.Parameter(value, requires_grad=False))
 
 
-def drop_unused(module: GraphModule) -> list[str]:
-    """Delete parameters and buffers that no `get_attr` reads; returns their names. Frees the float weights."""
-    used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-    dropped = []
-    for kind in ("_parameters", "_buffers"):
-        for prefix, owner in list(module.named_modules()):
-            for leaf in list(getattr(owner, kind)):
-                name = f"{prefix}.{leaf}" if prefix else leaf
-                if name not in used:
-                    del getattr(owner, kind)[leaf]
-                    dropped.append(name)
-    return dropped
+def readers(module: GraphModule, name: str) -> list[Node]:
+    """Nodes that read the constant of that name."""
+    return [user for node in module.graph.nodes if node.op == "get_attr" and node.target == name for user in node.users]
 
 
-def is_constant(node: object) -> bool:
-    return isinstance(node, Node) and node.op == "get_attr"
+def storage_key(tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+    """Equal for two tensors that show the same numbers in the same storage."""
+    return (
+        tensor.untyped_storage().data_ptr(),
+        tensor.storage_offset(),
+        tuple(tensor.shape),
+        tuple(tensor.stride()),
+    )

@@ -1,0 +1,80 @@
+"""Find every place where a weight could be quantized, and name what cannot be one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from qcompiler.graph.constants import attribute
+from qcompiler.graph.graph import Graph, Site
+from qcompiler.pipeline.passes import Pass, Report, Skip
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class FindSites(Pass):
+    """Fill `graph.sites` with every `linear` and `embedding` of a constant, and `graph.leftovers` with the rest.
+
+    linear(x, W, b)                 ─▶  Site(kind="linear")
+    embedding(W, ids)               ─▶  Site(kind="embedding")
+    bmm(x, W) | conv1d(x, W) | …    ─▶  leftovers[W] = (bytes, why)
+    """
+
+    name: ClassVar[str] = "find_sites"
+    stage: ClassVar[str] = "analyse"
+
+    def run(self, graph: Graph, context: object) -> Report:
+        graph.sites = []
+        graph.leftovers = {}
+        names: set[str] = set()
+        for node in graph.module.graph.nodes:
+            site = _site(graph, node, names)
+            if site is not None:
+                graph.sites.append(site)
+                names.add(site.name)
+        report = Report(matched=len(graph.sites), changed=len(graph.sites))
+        report.skipped = [Skip(name, why) for name, (_, why) in graph.leftovers.items()]
+        return report
+
+
+def _site(graph: Graph, node: Node, names: set[str]) -> Site | None:
+    if node.op != "call_function":
+        return None
+    if node.target is aten.linear.default:
+        kind, weight, bias = "linear", node.args[1], node.args[2] if len(node.args) > 2 else None
+    elif node.target is aten.embedding.default:
+        kind, weight, bias = "embedding", node.args[0], None
+    else:
+        return None
+    if not isinstance(weight, Node) or weight.op != "get_attr":
+        return None
+    n, k = attribute(graph.module, str(weight.target)).shape
+    constant_bias = isinstance(bias, Node) and bias.op == "get_attr"
+    return Site(
+        name=_unique(str(weight.target), node, names),
+        kind=kind,
+        node=node,
+        weight=str(weight.target),
+        bias=str(bias.target) if constant_bias else None,
+        shape=(n, k),
+    )
+
+
+def _unique(weight: str, node: Node, names: set[str]) -> str:
+    """The weight's owner; where several calls read the weight (tied, or one module called twice), the calling module."""
+    owner = weight.rpartition(".")[0] or weight
+    stack = node.meta.get("nn_module_stack") or {}
+    caller = next(reversed(list(stack.values())), ("", ""))[0]
+    attr = node.args[0] if node.target is aten.embedding.default else node.args[1]
+    shared = sum(other.target == attr.target for other in node.graph.nodes if other.op == "get_attr" for _ in other.users) > 1
+    for name in (caller, owner) if shared else (owner, caller):
+        if name and name not in names:
+            return name
+    number = 2
+    while f"{owner}#{number}" in names:
+        number += 1
+    return f"{owner}#{number}"

@@ -1,0 +1,79 @@
+"""Call transformers' exporters: our passes inside, silence outside, and one kind of error."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir
+import torch
+from transformers.exporters.configs import DynamoConfig, ExportFormat, OnnxConfig
+from transformers.exporters.exporter_dynamo import DynamoExporter
+from transformers.exporters.exporter_onnx import OnnxExporter
+from transformers.exporters.quantizers.base import ExportQuantizer
+
+from qcompiler.capture.dimensions import name_dimensions
+from qcompiler.capture.prepared import Prepared
+from qcompiler.capture.quiet import Quiet
+from qcompiler.errors import QCompilerError, UnsupportedError
+
+
+def export_onnx(prepared: Prepared, quantizer: ExportQuantizer | None) -> onnx_ir.Model:
+    with _exporting(prepared, quantizer, "ONNX") as ours:
+        config = OnnxConfig(dynamic=True, dynamic_shapes=prepared.dynamic_shapes, quantizer=ours)
+        model = OnnxExporter().export(prepared.module, prepared.example(), config).program
+    name_dimensions(model, prepared.axes)
+    return model
+
+
+def export_torch(prepared: Prepared, quantizer: ExportQuantizer | None) -> torch.export.ExportedProgram:
+    with _exporting(prepared, quantizer, "torch.export") as ours:
+        config = DynamoConfig(dynamic=True, dynamic_shapes=prepared.dynamic_shapes, quantizer=ours)
+        return DynamoExporter().export(prepared.module, prepared.example(), config).program
+
+
+class _Loud(ExportQuantizer):
+    """The caller's quantizer with the silence lifted, and its own failure kept apart from the exporter's."""
+
+    quantizes_fx_graph = True
+    supported_formats = (ExportFormat.ONNX, ExportFormat.DYNAMO)
+
+    def __init__(self, inner: ExportQuantizer, quiet: Quiet) -> None:
+        super().__init__()
+        self.inner = inner
+        self.quiet = quiet
+        self.failure: BaseException | None = None
+
+    def quantize(self, model: Any, sample_inputs: dict[str, Any], export_format: ExportFormat) -> Any:
+        try:
+            with self.quiet.aloud():
+                return self.inner.quantize(model, sample_inputs, export_format)
+        except BaseException as failure:
+            self.failure = failure
+            raise
+
+
+@contextlib.contextmanager
+def _exporting(prepared: Prepared, quantizer: ExportQuantizer | None, target: str) -> Iterator[_Loud | None]:
+    with Quiet() as quiet:
+        ours = None if quantizer is None else _Loud(quantizer, quiet)
+        try:
+            yield ours
+        except QCompilerError:
+            raise
+        except Exception as error:
+            # A bug in a pass must not look like a model that cannot be exported.
+            if ours is not None and ours.failure is error:
+                raise
+            raise UnsupportedError(
+                f"{prepared.description}: cannot be exported to {target}: {last_message(error)}"
+            ) from error
+
+
+def last_message(error: BaseException) -> str:
+    """The innermost cause's first informative line: exporters wrap one exception in many."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
