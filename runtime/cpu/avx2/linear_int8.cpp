@@ -1,0 +1,131 @@
+// int8 activations without VNNI. vpmaddubsw multiplies unsigned by signed bytes and adds pairs, saturating at int16:
+//   fewer than 8 bits: codes are unsigned, a pair is at most 2 * 15 * 127 = 3810 (4 bits), and the 8 pairs of a chunk are
+//     added up in int16: 30480 <= 32767;
+//   8 bits: |q| is unsigned and takes its sign to the activation; a pair is at most 2 * 128 * 127 = 32512 <= 32767, and
+//     is widened at once.
+#include "isa.h"
+#include "vectors.h"
+
+namespace qc {
+namespace {
+
+static_assert(8 * 2 * largest_level(4, true) * 127 <= INT16_MAX, "a chunk of 4-bit codes stays in int16");
+static_assert(2 * 128 * 127 <= INT16_MAX, "a pair of 8-bit codes stays in int16");
+
+// sum[h][m] += codes of one chunk times the activations of R rows, for halves H0 .. H0 + H - 1 of the tile.
+template <int Bits, int R, int H>
+QC_INLINE void add_chunk(const uint8_t* codes, const int32_t* x, __m256i (&sum)[H][R]) {
+  const __m256i ones = _mm256_set1_epi16(1), mask = _mm256_set1_epi8(char((1 << Bits) - 1));
+  __m256i pairs[H][R];
+  for (int h = 0; h < H; ++h) {
+    for (int m = 0; m < R; ++m) pairs[h][m] = _mm256_setzero_si256();
+  }
+  for (int h = 0; h < H; ++h) {
+    each_vector<Bits>(codes + 32 * h, [&](int j, __m256i v) QC_LAMBDA_INLINE {
+      const __m256i magnitude = Bits == 8 ? _mm256_abs_epi8(v) : _mm256_and_si256(v, mask);
+      for (int m = 0; m < R; ++m) {
+        const __m256i a = _mm256_set1_epi32(x[j * R + m]);
+        if (Bits == 8) {
+          const __m256i pair = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(a, v));
+          sum[h][m] = _mm256_add_epi32(sum[h][m], _mm256_madd_epi16(pair, ones));
+        } else {
+          pairs[h][m] = _mm256_add_epi16(pairs[h][m], _mm256_maddubs_epi16(magnitude, a));
+        }
+      }
+    });
+  }
+  if (Bits < 8) {
+    for (int h = 0; h < H; ++h) {
+      for (int m = 0; m < R; ++m) sum[h][m] = _mm256_add_epi32(sum[h][m], _mm256_madd_epi16(pairs[h][m], ones));
+    }
+  }
+}
+
+// Halves first .. first + H - 1: both at once for few rows (the codes then stream through once), else one by one.
+template <int Bits, bool Asymmetric, int R, int H>
+QC_INLINE void halves(const LinearJob& job, const TileCodes<Bits>& codes, int64_t tile, int64_t block, int first) {
+  const Matrix& w = job.weight;
+  const int32_t* x = reinterpret_cast<const int32_t*>(static_cast<const uint8_t*>(job.x) + block * job.x_block_bytes);
+  const float* sa = job.sa + block * job.segments * R;
+  const int32_t* sums = job.sums + block * job.segments * R;
+  const uint16_t* scales = w.scales + tile * w.groups * kTileRows;
+  const uint8_t* zeros = Asymmetric ? w.zeros + tile * w.groups * tile_zero_bytes(Bits) : nullptr;
+  const int64_t chunks = ceil_div(w.k, kChunk), per_segment = ceil_div(job.segment, kChunk);
+
+  __m256 acc[H][R];
+  for (int h = 0; h < H; ++h) {
+    for (int m = 0; m < R; ++m) acc[h][m] = _mm256_setzero_ps();
+  }
+  int64_t chunk = 0;
+  for (int64_t s = 0; s < job.segments; ++s) {
+    __m256i dot[H][R];
+    for (int h = 0; h < H; ++h) {
+      // 8-bit codes are signed here: with no zero point there is nothing to correct.
+      for (int m = 0; m < R; ++m) {
+        dot[h][m] = Asymmetric || Bits == 8 ? _mm256_setzero_si256() : _mm256_set1_epi32(sums[m]);
+      }
+    }
+    const int64_t end = chunk + per_segment < chunks ? chunk + per_segment : chunks;
+    for (; chunk < end; ++chunk, x += 8 * R) add_chunk<Bits, R, H>(codes.chunk(chunk) + 32 * first, x, dot);
+    for (int h = 0; h < H; ++h) {
+      const __m256 scale = load_scales(scales, first + h);
+      const __m256i zero = Asymmetric ? load_zeros<Bits>(zeros, first + h) : _mm256_setzero_si256();
+      for (int m = 0; m < R; ++m) {
+        __m256i d = dot[h][m];
+        if (Asymmetric) d = _mm256_sub_epi32(d, _mm256_mullo_epi32(zero, _mm256_set1_epi32(sums[m])));
+        acc[h][m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(d), _mm256_mul_ps(scale, _mm256_set1_ps(sa[m])), acc[h][m]);
+      }
+    }
+    sa += R;
+    sums += R;
+    scales += job.groups_per_segment * kTileRows;
+    if (Asymmetric) zeros += job.groups_per_segment * tile_zero_bytes(Bits);
+  }
+  for (int h = 0; h < H; ++h) {
+    for (int m = 0; m < R; ++m) store(job, tile, first + h, block * R + m, acc[h][m]);
+  }
+}
+
+template <int Bits, bool Asymmetric, int R>
+void tile_int8(const LinearJob& job, int64_t tile, int64_t block) {
+  const TileCodes<Bits> codes(job.weight, tile);
+  if constexpr (R <= 2) {
+    halves<Bits, Asymmetric, R, 2>(job, codes, tile, block, 0);
+  } else {
+    for (int h = 0; h < 2; ++h) halves<Bits, Asymmetric, R, 1>(job, codes, tile, block, h);
+  }
+}
+
+template <int Bits, bool Asymmetric>
+TileFunction of_rows(int64_t rows) {
+  switch (rows) {
+    case 1: return tile_int8<Bits, Asymmetric, 1>;
+    case 2: return tile_int8<Bits, Asymmetric, 2>;
+    default: return tile_int8<Bits, Asymmetric, 4>;
+  }
+}
+
+template <int Bits>
+TileFunction of_zeros(const LinearJob& job) {
+  return job.weight.zeros ? of_rows<Bits, true>(job.block_rows) : of_rows<Bits, false>(job.block_rows);
+}
+
+}  // namespace
+
+namespace avx2 {
+
+const int kInt8BlockRows[] = {1, 2, 4, 0};
+
+void linear_int8(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end) {
+  const int bits = job.weight.bits;
+  const TileFunction run = bits == 8   ? of_zeros<8>(job)
+                           : bits == 4 ? of_zeros<4>(job)
+                           : bits == 3 ? of_zeros<3>(job)
+                                       : of_zeros<2>(job);
+  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    for (int64_t block = block_begin; block < block_end; ++block) run(job, tile, block);
+  }
+}
+
+}  // namespace avx2
+}  // namespace qc

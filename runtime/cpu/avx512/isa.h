@@ -1,0 +1,21 @@
+// The functions of this folder.
+#ifndef QCOMPILER_AVX512_ISA_H
+#define QCOMPILER_AVX512_ISA_H
+
+#include "../kernels.h"
+
+// Between a lambda's parameters and its body: the kernels rely on everything meeting in one function's registers.
+#define QC_LAMBDA_INLINE __attribute__((always_inline))
+
+namespace qc {
+namespace avx512 {
+
+extern const int kInt8BlockRows[];
+extern const int kFloatBlockRows[];
+bool quantize_row(const float* x, int64_t k, int64_t block, int64_t segment, int8_t* a, float* sa, int32_t* sums);
+void linear_int8(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end);
+void linear_float(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end);
+
+}  // namespace avx512
+}  // namespace qc
+#endif
