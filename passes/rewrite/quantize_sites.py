@@ -78,7 +78,7 @@ class QuantizeSites(Pass):
             names = ["codes", "scales"] + ([] if solution.zeros is None else ["zeros"])
             packed = {name: fx.get_attr(f"{owner}.{name}") for name in names}
             for name, constant in packed.items():
-                constant.meta["val"] = constants.get(graph.module, f"{owner}.{name}")
+                constant.meta["val"] = constants.attribute(graph.module, f"{owner}.{name}")
             sizes = (format.bits, format.group, n, k)
             tensors = (packed["codes"], packed["scales"], packed.get("zeros"))
             if site.kind == "embedding":

@@ -113,3 +113,29 @@ def storage_key(tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...], tuple[
         tuple(tensor.shape),
         tuple(tensor.stride()),
     )
+
+
+def add_buffer(module: GraphModule, name: str, value: torch.Tensor) -> str:
+    """Register `value` as a buffer under a dotted name, making the modules on the way; returns the name."""
+    owner: torch.nn.Module = module
+    *path, leaf = name.split(".")
+    for part in path:
+        if not hasattr(owner, part):
+            owner.add_module(part, torch.nn.Module())
+        owner = getattr(owner, part)
+    owner.register_buffer(leaf, value)
+    return name
+
+
+def drop_unused(module: GraphModule) -> list[str]:
+    """Delete parameters and buffers that no `get_attr` reads; returns their names. Frees the float weights."""
+    used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    dropped = []
+    for table in ("_parameters", "_buffers"):
+        for prefix, owner in list(module.named_modules()):
+            for leaf in list(getattr(owner, table)):
+                name = f"{prefix}.{leaf}" if prefix else leaf
+                if name not in used:
+                    del getattr(owner, table)[leaf]
+                    dropped.append(name)
+    return dropped

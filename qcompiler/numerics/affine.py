@@ -94,6 +94,9 @@ def _grouped(weight: torch.Tensor, format: AffineFormat) -> torch.Tensor:
 def fit(weight: torch.Tensor, format: AffineFormat, clipping: str = "mse", norm: float = 2.0) -> AffineWeight:
     """Round to nearest with a chosen clipping range a group.
 
+    The grid of a symmetric format of few bits has one code more below zero than above. With `mse` each group is turned so
+    that its largest element lies on that side: S takes the sign that does it. (`minmax` keeps S > 0.)
+
     Args:
         weight: float `[n, k]`, finite.
         format: of the result.
@@ -120,6 +123,10 @@ def _fit_rows(weight: torch.Tensor, format: AffineFormat, clipping: str, norm: f
     weight_of_column = torch.ones(w.shape[1:], dtype=w.dtype)  # the repeated columns of a short group do not count
     weight_of_column.view(-1)[k:] = 0
     low, high = w.amin(dim=2).clamp(max=0), w.amax(dim=2).clamp(min=0)
+    turn = torch.ones_like(low)
+    if clipping == "mse" and format.symmetric and format.bits < 8:
+        turn = torch.where(high > -low, -turn, turn)
+        w = w * turn[..., None]
 
     def candidate(factor: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         scale, _ = scale_and_zero(low * factor, high * factor, format)
@@ -141,7 +148,7 @@ def _fit_rows(weight: torch.Tensor, format: AffineFormat, clipping: str, norm: f
         codes = quantize(w, scale[..., None], zero[..., None], format)
     elif clipping != "minmax":
         raise ValueError(f"clipping must be 'minmax' or 'mse', got {clipping!r}")
-    return codes.reshape(n, -1)[:, :k], scale, zero
+    return codes.reshape(n, -1)[:, :k], scale * turn, zero
 
 
 def _error(w, scale, zero, codes, weight_of_column, norm) -> torch.Tensor:

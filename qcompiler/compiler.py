@@ -1,0 +1,307 @@
+"""From a model to an artifact in one call."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from qcompiler import recipe as recipes
+from qcompiler.artifact.manifest import build_manifest
+from qcompiler.artifact.writer import ArtifactWriter
+from qcompiler.errors import UsageError
+from qcompiler.report.progress import Reporter, Silent
+
+if TYPE_CHECKING:
+    import torch
+
+    from qcompiler.capture.checkpoint import Loaded
+    from qcompiler.capture.prepared import Prepared
+    from qcompiler.quantizer import Quantizer
+    from qcompiler.recipe.schema import Recipe
+
+Target = Literal["onnx", "onnx-stock", "torch"]
+TARGETS = ("onnx", "onnx-stock", "torch")
+MODEL_FILE, DATA_FILE, TORCH_FILE = "model.onnx", "model.onnx.data", "model.pt2"
+
+# Samples that the layers' output SQNR is measured on where the recipe's passes ask for no calibration.
+DEFAULT_SAMPLES, DEFAULT_LENGTH = 4, 256
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """What a compile produced.
+
+    Attributes:
+        path: the artifact's directory.
+        manifest: as written.
+        layers: content of layers.json: one record a layer, what was left in float, totals.
+        seconds: wall time.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    layers: dict[str, Any]
+    seconds: float
+
+
+def compile(
+    model: str | Path | torch.nn.Module,
+    *,
+    output: str | Path,
+    recipe: str | Path | dict | Recipe = "int4",
+    target: Target = "onnx",
+    text: Iterable[str | Path] | None = None,
+    samples: int = DEFAULT_SAMPLES,
+    length: int | None = None,
+    overwrite: bool = False,
+    strict_groups: bool = False,
+    reporter: Reporter | None = None,
+    example: Any = None,
+    dynamic_shapes: dict[str, Any] | None = None,
+) -> CompileResult:
+    """Compile a model to a quantized artifact.
+
+    Args:
+        model: a Hugging Face directory, a hub id, `reference`, or any `nn.Module` (with `example` inputs unless it is a
+            `PreTrainedModel`).
+        output: the directory to make; its parent must exist.
+        recipe: name of a built-in one, a YAML file, a mapping, or a Recipe.
+        target: `onnx` (our ops, function bodies inside), `onnx-stock` (ops of an unmodified ONNX Runtime), `torch`.
+        text: calibration text; by default the documentation that comes with Python.
+        samples, length: calibration windows and tokens in each; the length defaults to the model's own window.
+        overwrite: replace an artifact that is already there.
+        strict_groups: make a short last group an error.
+        reporter: progress; silent by default.
+        example: keyword arguments or a tuple that a plain module is called with.
+        dynamic_shapes: which of their axes vary, as `torch.export` takes it.
+
+    Raises:
+        QCompilerError: with the exit code of the command line; nothing is left behind.
+    """
+    start = time.perf_counter()
+    reporter = reporter or Silent()
+    chosen = _recipe(recipe, strict_groups)
+    if target not in TARGETS:
+        raise UsageError(f"unknown target {target!r}; known: {', '.join(TARGETS)}")
+    source_dir = Path(model) if isinstance(model, (str, Path)) and Path(model).is_dir() else None
+    writer = ArtifactWriter(output, overwrite=overwrite, source_dir=source_dir)
+    writer.check()
+    loaded, prepared, quantizer = _prepare(model, chosen, text, samples, length, reporter, example, dynamic_shapes)
+    with writer:
+        emit = _emit_torch if target == "torch" else _emit_onnx
+        facts = emit(writer, prepared, quantizer, target, reporter)
+        _write_records(writer, quantizer, facts["layers"], loaded)
+        manifest = build_manifest(
+            target=target,
+            kind=prepared.kind,
+            source=loaded.source if loaded is not None else type(model).__name__,
+            model_type=prepared.description,
+            parameters=sum(p.numel() for p in prepared.module.parameters()),
+            recipe=chosen.name,
+            fallbacks=[f for e in quantizer.trace.entries for f in e.record["fallbacks"]],
+            allowed=recipes.to_dict(chosen)["allow"],
+            tokens=loaded.tokens if loaded is not None else None,
+            context=_context(loaded),
+            **facts["manifest"],
+        )
+        writer.set_manifest(manifest)
+    return CompileResult(writer.target, manifest, facts["layers"], time.perf_counter() - start)
+
+
+def plan(
+    model: str | Path | torch.nn.Module,
+    *,
+    recipe: str | Path | dict | Recipe = "int4",
+    strict_groups: bool = False,
+    reporter: Reporter | None = None,
+    example: Any = None,
+    dynamic_shapes: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What `compile` would do, layer by layer, with sizes and the memory it would need; writes nothing.
+
+    Returns:
+        `layers`, `left_in_float` and `totals` as in layers.json (with `peak_bytes`, an estimate), without measured errors.
+    """
+    from qcompiler.capture.capture import captured
+    from qcompiler.graph.graph import Graph
+    from qcompiler.passes import pipeline
+    from qcompiler.pipeline.accounting import layers_file, planned_totals
+    from qcompiler.pipeline.context import Context
+    from qcompiler.pipeline.manager import PassManager
+
+    chosen = _recipe(recipe, strict_groups)
+    _, prepared, quantizer = _prepare(model, chosen, None, 0, None, reporter or Silent(), example, dynamic_shapes)
+    graph: Graph = captured(prepared)
+    quantizer.graph, quantizer.context = graph, Context(chosen, quantizer.reporter)
+    before, _ = pipeline(chosen)
+    decisions = [step for step in before if step.stage in ("normalise", "analyse")]
+    PassManager(quantizer.trace).run(graph, quantizer.context, decisions)
+    _describe_plan(quantizer)
+    packed = planned_totals(quantizer)
+    result = layers_file(quantizer, None, packed)
+    float_bytes = sum(p.numel() * 4 for p in prepared.module.parameters())
+    # the float weights, the packed ones, and what the exporter holds of the largest float tensor while it works
+    largest = max((p.numel() * 4 for p in prepared.module.parameters()), default=0)
+    result["totals"]["peak_bytes"] = float_bytes + sum(packed.values()) + 3 * largest
+    result["totals"]["float_bytes"] = float_bytes
+    return result
+
+
+def _describe_plan(quantizer: Quantizer) -> None:
+    """Fill in what a solve would add to the records: format and bytes."""
+    from qcompiler.ops import layout
+
+    assert quantizer.graph is not None and quantizer.context is not None
+    layers = quantizer.trace.entries[-1].record["layers"]
+    for site in quantizer.graph.sites:
+        scheme = quantizer.context.schemes.get(site.name)
+        if scheme is not None:
+            size = sum(layout.packed_bytes(*site.shape, scheme.weight_format).values())
+            layers[site.name] = {"format": scheme.weight_format.label, "bytes": size, "bits_per_weight": round(8 * size / (site.shape[0] * site.shape[1]), 4)}
+
+
+def _recipe(recipe: str | Path | dict | Recipe, strict_groups: bool) -> Recipe:
+    import dataclasses
+
+    chosen = recipes.load(recipe)
+    return dataclasses.replace(chosen, strict_groups=True) if strict_groups else chosen
+
+
+def _prepare(
+    model: str | Path | torch.nn.Module, recipe: Recipe, text: Any, samples: int, length: int | None, reporter: Reporter,
+    example: Any, dynamic_shapes: dict[str, Any] | None,
+) -> tuple[Loaded | None, Prepared, Quantizer]:  # fmt: skip
+    from qcompiler.capture.checkpoint import load
+    from qcompiler.capture.prepare import prepare
+    from qcompiler.quantizer import Quantizer
+
+    reporter.stage("load")
+    loaded = load(model) if isinstance(model, (str, Path)) else None
+    reporter.stage("capture")
+    prepared = prepare(loaded.model if loaded is not None else model, example, dynamic_shapes)
+    for note in prepared.notes:
+        reporter.note(note)
+    feeds = _samples(loaded, prepared, text, samples, length)
+    quantizer = Quantizer(recipe, reporter=reporter, samples=feeds, kind=prepared.kind)
+    return loaded, prepared, quantizer
+
+
+def _samples(
+    loaded: Loaded | None, prepared: Prepared, text: Any, samples: int, length: int | None
+) -> Callable[[], Iterable[dict[str, Any]]]:
+    """Calibration samples as arguments of the graph; the example alone where there is no tokenizer."""
+    from qcompiler.capture.feeds import feed, takes_tokens
+
+    if samples < 1:
+        return tuple
+    if loaded is None or loaded.tokenizer is None or not takes_tokens(prepared):
+        return lambda: [prepared.example()]
+
+    def read() -> Iterable[dict[str, Any]]:
+        import torch
+
+        from qcompiler.evaluate.calibration import calibration_batches
+
+        windows = calibration_batches(loaded.tokenizer, text=text, samples=samples, length=length or min(_context(loaded) or DEFAULT_LENGTH, DEFAULT_LENGTH))
+        for window in windows:
+            yield feed(prepared, torch.as_tensor(window).reshape(1, -1))
+
+    return read
+
+
+def _context(loaded: Loaded | None) -> int | None:
+    if loaded is None:
+        return None
+    from qcompiler.evaluate.windows import Context
+
+    return Context.of_config(loaded.config).default
+
+
+def _emit_onnx(writer: ArtifactWriter, prepared: Prepared, quantizer: Quantizer, target: Target, reporter: Reporter) -> dict[str, Any]:
+    from qcompiler.capture.dimensions import ports
+    from qcompiler.lower.external import check_saved, external_bytes, save
+    from qcompiler.lower.onnx import lower
+    from qcompiler.pipeline.accounting import layers_file, packed_totals
+
+    program = prepared.export_onnx(quantizer)
+    reporter.stage("lower")
+    lowered = lower(program, decoder=prepared.kind == "decoder")
+    packed = packed_totals(lowered.model)
+    if target == "onnx-stock":
+        from qcompiler.lower.stock import to_stock
+
+        to_stock(lowered.model)
+    inputs, outputs = ports(lowered.model)
+    reporter.stage("write")
+    writer.reserve(external_bytes(lowered.model))
+    with writer.open(DATA_FILE) as data:
+        saved = save(lowered.model, writer.path(MODEL_FILE), data, DATA_FILE)
+    check_saved(writer.path(MODEL_FILE), saved)
+    writer.write_json("trace/lowering.json", {"schema": 1, "ops": lowered.op_counts, "notes": lowered.notes, "cache": lowered.cache.reason})
+    return {
+        "layers": layers_file(quantizer, saved, packed),
+        "manifest": {
+            "entry": MODEL_FILE,
+            "inputs": [_port(p) for p in inputs],
+            "outputs": [_port(p) for p in outputs],
+            "cache": _cache(lowered, inputs, outputs),
+            "unfused": lowered.unfused,
+        },
+    }
+
+
+def _port(port: Any) -> dict[str, Any]:
+    result = {"name": port.name, "dtype": port.dtype, "shape": list(port.shape), "role": port.role}
+    return result if port.layer is None else result | {"layer": port.layer}
+
+
+def _cache(lowered: Any, inputs: list[Any], outputs: list[Any]) -> dict[str, Any] | None:
+    from qcompiler.lower.share_cache import cache_layers
+
+    layers = cache_layers(lowered.model)
+    if not layers:
+        return None
+    by_name = {p.name: p for p in inputs}
+    records = []
+    for layer in layers:
+        shape = by_name[layer.past_key].shape
+        names = {key: getattr(layer, key) for key in ("past_key", "past_value", "present_key", "present_value")}
+        records.append({**names, "heads": shape[1], "head_dim": shape[-1], "dtype": by_name[layer.past_key].dtype})
+    return {"kind": lowered.cache.kind, "past_length": lowered.cache.past_length, "reason": lowered.cache.reason, "layers": records}
+
+
+def _emit_torch(writer: ArtifactWriter, prepared: Prepared, quantizer: Quantizer, target: Target, reporter: Reporter) -> dict[str, Any]:
+    import torch
+
+    from qcompiler.lower.external import Placed, Saved
+    from qcompiler.pipeline.accounting import layers_file, planned_totals
+
+    program = prepared.export_torch(quantizer)
+    reporter.stage("write")
+    path = writer.path(TORCH_FILE)
+    torch.export.save(program, path)
+    tensors = {name: t for name, t in program.state_dict.items()}
+    placed = tuple(Placed(name, 0, t.numel() * t.element_size()) for name, t in tensors.items())
+    weights = sum(t.bytes for t in placed)
+    # the container's own bytes stand under `graph`
+    saved = Saved(placed, path.stat().st_size - weights, weights)
+    return {
+        "layers": layers_file(quantizer, saved, planned_totals(quantizer)),
+        "manifest": {"entry": TORCH_FILE, "inputs": [], "outputs": [], "cache": None, "unfused": []},
+    }
+
+
+def _write_records(writer: ArtifactWriter, quantizer: Quantizer, layers: dict[str, Any], loaded: Loaded | None) -> None:
+    from qcompiler.pipeline.environment import environment
+
+    writer.write_text("recipe.yaml", recipes.to_yaml(quantizer.recipe))
+    writer.write_json("layers.json", layers)
+    writer.write_json("report.json", {"schema": 1, "recipe": quantizer.recipe.name, "totals": layers["totals"]})
+    quantizer.trace.write(writer)
+    writer.write_json("trace/environment.json", environment())
+    for file in loaded.files if loaded is not None else ():
+        shutil.copyfile(file, writer.path(file.name))

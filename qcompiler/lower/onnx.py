@@ -1,0 +1,81 @@
+"""Lower an exported graph to ONNX for our op library: attention and norms fused, cache shared, function bodies attached."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
+
+from qcompiler.capture.quiet import Quiet
+from qcompiler.errors import UnsupportedError
+from qcompiler.lower.share_cache import CacheResult, cache_layers, share_cache
+from qcompiler.ops.onnx_ops import attach_bodies
+
+
+@dataclass
+class Lowered:
+    """An ONNX model that is ready to be saved.
+
+    Attributes:
+        model: the model.
+        cache: how its cache works.
+        unfused: attention that no fused op expresses, each with its reason; empty when all are fused.
+        op_counts: nodes by op type.
+        notes: what each step did.
+    """
+
+    model: ir.Model
+    cache: CacheResult
+    unfused: list[dict[str, str]]
+    op_counts: dict[str, int]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+FUSED_ATTENTION = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
+
+
+def lower(model: ir.Model, *, decoder: bool) -> Lowered:
+    """Fuse, share the cache, tidy, attach function bodies; `model` is changed in place.
+
+    Raises:
+        UnsupportedError: ONNX Runtime's fusions failed on the graph.
+    """
+    from qcompiler.lower import tidy
+
+    notes: dict[str, Any] = {}
+    with Quiet():
+        try:
+            fuse_for_onnxruntime(model, "cpu")
+        except Exception as error:
+            raise UnsupportedError(f"ONNX Runtime's fusions failed on the exported graph: {type(error).__name__}: {error}") from error
+    layers = cache_layers(model)
+    cache = share_cache(model) if decoder and layers else CacheResult("growing", reason="no cache")
+    notes["tidy"] = tidy.tidy(model)
+    notes["function_bodies"] = attach_bodies(model)
+    counts = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.all_nodes())
+    return Lowered(model, cache, unfused_attention(model), dict(sorted(counts.items())), notes)
+
+
+def unfused_attention(model: ir.Model) -> list[dict[str, str]]:
+    """Softmax nodes between two products: attention that stayed in pieces."""
+    found = []
+    for node in model.graph.all_nodes():
+        if node.op_type == "Softmax" and _reaches_matmul(node):
+            found.append({"node": node.name or node.outputs[0].name or "", "reason": "ONNX Runtime's fusions do not express this attention"})
+    return found
+
+
+def _reaches_matmul(node: ir.Node, depth: int = 4) -> bool:
+    """Whether the result of `node` is multiplied by a value that is not constant, a few elementwise ops away."""
+    for user, _ in node.outputs[0].uses():
+        if user.op_type == "MatMul" and all(v is not None and v.const_value is None for v in user.inputs):
+            return True
+        if depth and user.op_type in ("Where", "Cast", "Mul", "IsNaN", "Reshape", "Add", "Dropout") and _reaches_matmul(user, depth - 1):
+            return True
+    return False
+
+
+__all__ = ["Lowered", "lower", "unfused_attention"]

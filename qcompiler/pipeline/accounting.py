@@ -1,0 +1,118 @@
+"""What every layer became and what every byte of the files is for (layers.json)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qcompiler.ops import SPECS, layout
+from qcompiler.ops.formats import AffineFormat
+from qcompiler.ops.spec import DOMAIN
+from qcompiler.pipeline.trace import plain
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from qcompiler.lower.external import Saved
+    from qcompiler.quantizer import Quantizer
+
+SCHEMA = 1
+
+
+def layer_records(quantizer: Quantizer) -> list[dict[str, Any]]:
+    """One record a site, in graph order."""
+    graph, context = quantizer.graph, quantizer.context
+    assert graph is not None and context is not None, "call quantize first"
+    state = quantizer.trace.layers()
+    records = []
+    for site in graph.sites:
+        n, k = site.shape
+        record: dict[str, Any] = {
+            "name": site.name,
+            "kind": site.kind,
+            "role": site.role,
+            "shape": [n, k],
+            "input_group": site.input_group,
+            "tie_group": site.tie_group,
+            "float_bytes": 4 * n * k,
+            "reason": None,
+        }
+        scheme = context.schemes.get(site.name)
+        if scheme is None:
+            record |= {"format": "float32", "bytes": 4 * n * k, "bits_per_weight": 32.0, "reason": context.left_in_float.get(site.name)}
+        else:
+            record |= {"bits": scheme.bits, "group": scheme.group, "symmetric": scheme.symmetric, "activation": scheme.activations}
+            record |= state.get(site.name, {})
+            if site.kind == "embedding":
+                record["activation"] = None  # a lookup has none
+        records.append(plain(record))
+    return records
+
+
+def layers_file(quantizer: Quantizer, saved: Saved | None, packed: dict[str, int]) -> dict[str, Any]:
+    """The content of layers.json.
+
+    Args:
+        quantizer: after `quantize`.
+        saved: the files as written; None when nothing was (a dry run).
+        packed: bytes of the weights' tensors by `codes`, `scales`, `zeros`, `padding` (see `packed_totals`).
+    """
+    coverage, left = quantizer.coverage()
+    records = layer_records(quantizer)
+    weights = sum(r["shape"][0] * r["shape"][1] for r in _once(records) if r["format"] != "float32")
+    sizes = dict(packed)
+    if saved is not None:
+        sizes["float"] = sum(t.bytes for t in saved.tensors) - sum(packed.values())
+        sizes["alignment"] = saved.alignment_bytes
+        sizes["graph"] = saved.graph_bytes
+        sizes["total"] = sum(sizes.values())
+    totals = {
+        "layers": len(records),
+        "bytes": sizes,
+        "bits_per_weight": round(8 * sum(packed.values()) / weights, 4) if weights else None,
+        "weights": weights,
+        "coverage": round(coverage, 6),
+    }
+    left_in_float = [{"name": name, "bytes": size, "reason": reason} for name, (size, reason) in left.items()]
+    return {"schema": SCHEMA, "layers": records, "left_in_float": left_in_float, "totals": totals}
+
+
+def _once(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records without the second of a tied pair."""
+    seen: set[int] = set()
+    kept = []
+    for record in records:
+        tie = record["tie_group"]
+        if tie is None or tie not in seen:
+            kept.append(record)
+        if tie is not None:
+            seen.add(tie)
+    return kept
+
+
+def planned_totals(quantizer: Quantizer) -> dict[str, int]:
+    """Bytes that the packed weights take, from their shapes and formats alone."""
+    totals = {"codes": 0, "scales": 0, "zeros": 0, "padding": 0}
+    for record in _once(layer_records(quantizer)):
+        if record["format"] != "float32":
+            format = AffineFormat(record["bits"], record["group"], record["symmetric"])
+            for key, value in layout.packed_bytes(*record["shape"], format).items():
+                totals[key] += value
+    return totals
+
+
+def packed_totals(model: ir.Model) -> dict[str, int]:
+    """Bytes of the packed weights that the nodes of our domain read, by kind, each tensor once."""
+    by_name = {spec.onnx_name: spec for spec in SPECS.values()}
+    totals = {"codes": 0, "scales": 0, "zeros": 0, "padding": 0}
+    seen: set[int] = set()
+    for node in model.graph.all_nodes():
+        if node.domain != DOMAIN or id(node.inputs[1]) in seen:
+            continue
+        seen.add(id(node.inputs[1]))
+        names = [i.name for i in by_name[node.op_type].inputs]
+        symmetric = len(node.inputs) <= names.index("zeros") or node.inputs[names.index("zeros")] is None
+        attribute = node.attributes.get_int
+        format = AffineFormat(attribute("bits"), attribute("group"), symmetric)
+        for key, value in layout.packed_bytes(attribute("n"), attribute("k"), format).items():
+            totals[key] += value
+    return totals
