@@ -45,10 +45,8 @@ def diff_artifacts(first: Path, second: Path) -> Document:
     }
     blocks: list[Table | Text] = []
     if header:
-        columns = (Column(""), Column("A", _short), Column("B", _short))
-        blocks.append(
-            Table("artifact", columns, [(key, change["before"], change["after"]) for key, change in header.items()])
-        )
+        headings = (Column(""), Column("A", _short), Column("B", _short))
+        blocks.append(Table("artifact", headings, [(key, c["before"], c["after"]) for key, c in header.items()]))
     if recipe:
         blocks.append(Text("recipe", recipe))
     blocks += _layer_blocks(layers)

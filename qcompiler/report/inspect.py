@@ -140,7 +140,9 @@ def _header(records: Records) -> Text:
 
 
 def _float_blocks(records: Records, layers: Sequence[Layer]) -> list[Table | Text]:
-    rows = [(entry.name, entry.float_bytes or entry.bytes, entry.reason) for entry in layers if entry.reason]
+    rows: list[Sequence[Any]] = [
+        (entry.name, entry.float_bytes or entry.bytes, entry.reason) for entry in layers if entry.reason
+    ]
     known = {name for name, _, _ in rows}
     if len(layers) == len(records.layers):
         rows += [

@@ -1,0 +1,88 @@
+"""Quantize a model into an artifact: a Hugging Face checkpoint (directory or hub id) in, one directory out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from qcompiler.artifact.manifest import TARGETS
+from qcompiler.cli.options import add_json, compile_side, positive, reporter
+from qcompiler.errors import InputError, UsageError
+
+NAME = "compile"
+HELP = "quantize a model into an artifact"
+DEFAULT_RECIPE = "int4"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="checkpoint directory, or a Hugging Face hub id")
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="the artifact to make; must not exist yet")
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME|FILE",
+        default=DEFAULT_RECIPE,
+        help="built-in recipe or YAML file (default: int4, in groups of 32)",
+    )
+    parser.add_argument("--target", choices=TARGETS, default="onnx", help="what to make (default: onnx, with our ops)")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", nargs="+", action="extend", help="calibration text (default: built in)"
+    )
+    parser.add_argument("--samples", type=positive, metavar="N", help="calibration samples")
+    parser.add_argument("--length", type=positive, metavar="L", help="tokens in a calibration sample")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, layer by layer; do nothing")
+    parser.add_argument("--overwrite", action="store_true", help="replace an artifact that is already at DIR")
+    add_json(parser)
+
+
+def execute(options: argparse.Namespace) -> int:
+    _check(options)
+    arguments: dict[str, Any] = {
+        "recipe": _recipe(options.recipe),
+        "target": options.target,
+        "text": options.text,
+        "samples": options.samples,
+        "length": options.length,
+    }
+    compiler = compile_side("qcompiler.compiler", NAME)
+    from qcompiler.report.compiled import compiled_document, plan_document
+    from qcompiler.report.tables import show
+
+    with reporter(options) as progress:
+        if options.dry_run:
+            document = plan_document(compiler.plan(options.model, reporter=progress, **arguments))
+        else:
+            start = time.monotonic()
+            compiler.compile(
+                options.model, output=options.output, overwrite=options.overwrite, reporter=progress, **arguments
+            )
+            document = compiled_document(options.output, time.monotonic() - start)
+    show(document, options.json)
+    if not options.dry_run and not options.quiet and sys.stderr.isatty():
+        print(f'next: qcompiler run {options.output} "…"', file=sys.stderr)
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """What can be refused before anything heavy is imported."""
+    if options.output is None and not options.dry_run:
+        raise UsageError("-o DIR is needed: where to write the artifact (or --dry-run)")
+    looks_like_path = os.path.isabs(options.model) or options.model.startswith((".", "~"))
+    if looks_like_path and not os.path.exists(options.model):
+        raise InputError(f"{options.model}: no such directory")
+    for file in options.text or ():
+        if not file.is_file():
+            raise InputError(f"--text {file}: no such file")
+    if options.output is not None:
+        from qcompiler.artifact import ArtifactWriter
+
+        source = options.model if os.path.exists(options.model) else None
+        ArtifactWriter(options.output, overwrite=options.overwrite, source_dir=source).check()
+
+
+def _recipe(name: str) -> Any:
+    """The recipe, read and checked before the model is."""
+    return compile_side("qcompiler.recipe.load", NAME).load(name)

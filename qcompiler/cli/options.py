@@ -1,0 +1,63 @@
+"""Option types and small helpers that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from qcompiler.errors import UnsupportedError
+from qcompiler.report.progress import make_reporter
+
+if TYPE_CHECKING:
+    from qcompiler.report.progress import Bars, Plain, Silent
+
+
+def positive(text: str) -> int:
+    """A whole number, at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, found {value}")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """A number, at least 0 and finite."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number, 0 or more, found {text}")
+    return value
+
+
+# argparse names the type by its function in messages: "invalid whole number value: 'x'".
+positive.__name__ = "whole number"
+not_negative.__name__ = "number"
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """The option --json."""
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def reporter(options: argparse.Namespace) -> Silent | Plain | Bars:
+    """The reporter for this call."""
+    return make_reporter(quiet=options.quiet)
+
+
+def compile_side(module: str, command: str) -> ModuleType:
+    """Import a module of the compiler, which needs more than the minimal install has.
+
+    Raises:
+        UnsupportedError: a package is missing.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if missing.partition(".")[0] == "qcompiler":
+            raise
+        raise UnsupportedError(
+            f"`qcompiler {command}` needs the package {missing}, which is not installed: "
+            "pip install 'qcompiler[compile]'"
+        ) from error

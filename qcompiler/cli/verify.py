@@ -1,0 +1,37 @@
+"""Check every file of an artifact against the manifest's SHA-256: a changed, missing or added file is an error."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qcompiler.cli.options import add_json
+
+NAME = "verify"
+HELP = "check every file of an artifact against its manifest"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    add_json(parser)
+
+
+def execute(options: argparse.Namespace) -> int:
+    from qcompiler.report.tables import Document, Text, show
+
+    files, size = verify(options.directory)
+    data = {"artifact": str(options.directory), "ok": True, "files": files, "bytes": size}
+    lines = [f"{options.directory}: {files} files, {size:,} bytes, all as they were written"]
+    show(Document("verify", data, [Text("", lines)]), options.json)
+    return 0
+
+
+def verify(directory: Path) -> tuple[int, int]:
+    """Check the manifest and every file; returns how many files and bytes. Raises GateError where something differs."""
+    from qcompiler.artifact.manifest import NAME as MANIFEST
+    from qcompiler.artifact.manifest import check_seal
+    from qcompiler.runtime.artifact import open_artifact, verify_files
+
+    artifact = open_artifact(directory)
+    check_seal(directory / MANIFEST)
+    return verify_files(artifact), sum(info.bytes for info in artifact.files.values())

@@ -1,0 +1,106 @@
+"""What `compile` says when it is done, and what `compile --dry-run` says instead of doing it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qcompiler.report import tables
+from qcompiler.report.progress import duration
+from qcompiler.report.records import load_records
+from qcompiler.report.tables import Column, Document, Table, Text
+
+PLAN_COLUMNS = (
+    Column("layer"),
+    Column("role"),
+    Column("shape", tables.shape, right=True),
+    Column("format"),
+    Column("bits/weight", tables.decimals(2), right=True),
+    Column("bytes", tables.count, right=True),
+    Column("note"),
+)
+
+
+def compiled_document(directory: Path, seconds: float) -> Document:
+    """Summary of an artifact just made, read back from it."""
+    records = load_records(directory)
+    total = sum(info.get("bytes", 0) for info in records.manifest["files"].values())
+    before = sum(layer.float_bytes or 0 for layer in records.layers)
+    formats: dict[str, int] = {}
+    for layer in records.layers:
+        formats[layer.format] = formats.get(layer.format, 0) + 1
+    left = [layer.name for layer in records.layers if layer.reason] + [
+        record.get("name") for record in records.left_in_float if record.get("name")
+    ]
+    data = {
+        "output": str(directory),
+        "target": records.manifest.get("target"),
+        "kind": records.manifest.get("kind"),
+        "recipe": records.manifest.get("recipe"),
+        "bytes": total,
+        "formats": formats,
+        "totals": dict(records.totals),
+        "left_in_float": list(dict.fromkeys(left)),
+        "unfused": list(records.manifest.get("unfused", [])),
+        "fallbacks": list(records.manifest.get("fallbacks", [])),
+        "seconds": round(seconds, 3),
+    }
+    lines = [
+        f"{directory}: {tables.size(total)} in {len(records.manifest['files'])} files, {duration(seconds)}",
+        "layers      " + ", ".join(f"{count}× {name}" for name, count in sorted(formats.items())),
+    ]
+    bits, coverage = records.totals.get("bits_per_weight"), records.totals.get("coverage")
+    if bits is not None and coverage is not None:
+        was = f" (float: {tables.size(before)})" if before else ""
+        lines.append(f"weights     {bits:.2f} bits each, {coverage:.1%} quantized{was}")
+    for key in ("left_in_float", "unfused", "fallbacks"):
+        if data[key]:
+            lines.append(f"{key.replace('_', ' '):<11} {len(data[key])} (see `qcompiler inspect {directory}`)")
+    return Document("compile", data, [Text("", lines)])
+
+
+def plan_document(plan: Any) -> Document:
+    """The dry run: a mapping or dataclass with `layers` (rows), `totals`, `peak_memory_bytes`; more is kept in JSON."""
+    data = _plain(plan)
+    rows = [
+        (
+            row.get("name"),
+            row.get("role"),
+            row.get("shape") or (),
+            row.get("format"),
+            row.get("bits_per_weight"),
+            row.get("bytes"),
+            row.get("reason"),
+        )
+        for row in data.get("layers", [])
+    ]
+    lines = []
+    totals = data.get("totals") or {}
+    total = totals.get("bytes")
+    if isinstance(total, Mapping):
+        total = total.get("total")
+    if total is not None:
+        lines.append(f"size         {tables.size(total)} ({total:,} bytes)")
+    for key, label, write in (
+        ("bits_per_weight", "bits/weight", "{:.2f}".format),
+        ("coverage", "coverage", "{:.1%}".format),
+    ):
+        if totals.get(key) is not None:
+            lines.append(f"{label:<12} {write(totals[key])}")
+    peak = data.get("peak_memory_bytes")
+    if peak is not None:
+        lines.append(f"peak memory  {tables.size(peak)} (estimate)")
+    lines.append("nothing was done (--dry-run)")
+    return Document("plan", data, [Table("would be made", PLAN_COLUMNS, rows), Text("", lines)])
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
