@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 
 class Terminated(KeyboardInterrupt):
@@ -39,7 +40,7 @@ def deferred() -> Iterator[None]:
     arrived: list[tuple[int, FrameType | None]] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
     # Handlers that were not set from Python read as None and could not be put back: those signals stay as they are.
-    before = {n: handler for n in numbers if (handler := signal.getsignal(n)) is not None}
+    before: dict[int, Any] = {n: handler for n in numbers if (handler := signal.getsignal(n)) is not None}
     for number in before:
         signal.signal(number, lambda n, frame: arrived.append((n, frame)))
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -40,26 +39,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     _check(options)
-    arguments: dict[str, Any] = {
-        "recipe": _recipe(options.recipe),
-        "target": options.target,
-        "text": options.text,
-        "samples": options.samples,
-        "length": options.length,
-    }
+    recipe = _recipe(options.recipe)
     compiler = compile_side("qcompiler.compiler", NAME)
     from qcompiler.report.compiled import compiled_document, plan_document
     from qcompiler.report.tables import show
 
     with reporter(options) as progress:
         if options.dry_run:
-            document = plan_document(compiler.plan(options.model, reporter=progress, **arguments))
+            document = plan_document(compiler.plan(options.model, recipe=recipe, reporter=progress))
         else:
-            start = time.monotonic()
-            compiler.compile(
-                options.model, output=options.output, overwrite=options.overwrite, reporter=progress, **arguments
+            # Only what was asked for: the defaults are the compiler's own.
+            given = {
+                key: value for key in ("text", "samples", "length") if (value := getattr(options, key)) is not None
+            }
+            result = compiler.compile(
+                options.model,
+                output=options.output,
+                recipe=recipe,
+                target=options.target,
+                overwrite=options.overwrite,
+                reporter=progress,
+                **given,
             )
-            document = compiled_document(options.output, time.monotonic() - start)
+            document = compiled_document(result.path, result.seconds)
     show(document, options.json)
     if not options.dry_run and not options.quiet and sys.stderr.isatty():
         print(f'next: qcompiler run {options.output} "…"', file=sys.stderr)

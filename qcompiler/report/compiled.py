@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,9 +60,9 @@ def compiled_document(directory: Path, seconds: float) -> Document:
     return Document("compile", data, [Text("", lines)])
 
 
-def plan_document(plan: Any) -> Document:
-    """The dry run: a mapping or dataclass with `layers` (rows), `totals`, `peak_memory_bytes`; more is kept in JSON."""
-    data = _plain(plan)
+def plan_document(plan: Mapping[str, Any]) -> Document:
+    """The dry run: what `qcompiler.compiler.plan` returned."""
+    data = {key: value for key, value in plan.items() if key != "schema"}
     rows = [
         (
             row.get("name"),
@@ -89,18 +88,8 @@ def plan_document(plan: Any) -> Document:
     ):
         if totals.get(key) is not None:
             lines.append(f"{label:<12} {write(totals[key])}")
-    peak = data.get("peak_memory_bytes")
+    peak = totals.get("peak_bytes")
     if peak is not None:
         lines.append(f"peak memory  {tables.size(peak)} (estimate)")
     lines.append("nothing was done (--dry-run)")
     return Document("plan", data, [Table("would be made", PLAN_COLUMNS, rows), Text("", lines)])
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
