@@ -1,0 +1,191 @@
+"""`Session`: an artifact, loaded and ready to run. Needs numpy and onnxruntime only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from qcompiler.errors import CapacityError, InputError, UnsupportedError, UsageError
+from qcompiler.runtime import library
+from qcompiler.runtime.artifact import Artifact, open_artifact
+from qcompiler.runtime.decoder import Decoder, OnnxDecoder
+from qcompiler.runtime.options import check_onnxruntime, plain_options, session_options
+
+__all__ = ["Session", "check_onnxruntime", "session_options"]
+
+# Tokens that go through the graph at once: enough for the products to be efficient, few enough that the attention's
+# scores (heads x piece x capacity) and the logits of a piece stay small.
+PIECE = 256
+
+
+class Session:
+    """An artifact in ONNX Runtime.
+
+    A decoder keeps the text so far in its cache: `prefill` appends a prompt, `step` one token, `reset` starts anew.
+    Anything else is called with arrays: `run`. Not for several threads at once.
+
+    Args:
+        source: the artifact's directory, or an `Artifact`.
+        threads: threads inside an operator; None leaves it to ONNX Runtime.
+        portable: run without the op library, slowly (target `onnx`).
+        capacity: positions that a shared cache has room for at the start; it grows by doubling, up to the context.
+        providers: execution providers of ONNX Runtime.
+
+    Raises:
+        InputError, GateError, UnsupportedError: see `open_artifact`.
+        LibraryError: the op library is missing and `portable` is not set.
+        CapacityError: `capacity` is beyond the context.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str] | Artifact,
+        *,
+        threads: int | None = None,
+        portable: bool = False,
+        capacity: int | None = None,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+    ) -> None:
+        self.artifact = source if isinstance(source, Artifact) else open_artifact(source)
+        context = self.artifact.context
+        if capacity is not None and capacity < 1:
+            raise UsageError(f"capacity is {capacity}, expected at least 1")
+        if capacity is not None and context is not None and capacity > context:
+            raise CapacityError(f"capacity is {capacity}, but the model's context is {context} positions")
+        self.onnx: onnxruntime.InferenceSession | None = None
+        self._decoder: Decoder | None = None
+        if self.artifact.target == "torch":
+            raise UnsupportedError(f"{self.artifact.path} was compiled for torch, not for ONNX Runtime")
+        self.onnx = _open(self.artifact, threads, portable, providers)
+        if self.artifact.kind == "decoder":
+            self._decoder = OnnxDecoder(self.onnx, self.artifact, capacity)
+
+    # ---- decoders
+
+    @property
+    def decoder(self) -> Decoder:
+        """What runs the graph of a decoder. Raises `UsageError` for any other kind of artifact."""
+        if self._decoder is None:
+            raise UsageError(f"{self.artifact.path} is of kind {self.artifact.kind!r}, not a decoder: use run()")
+        return self._decoder
+
+    @property
+    def length(self) -> int:
+        """Positions in the cache."""
+        return self.decoder.length
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits for each token."""
+        return self.decoder.vocabulary
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        self.decoder.reset()
+
+    def prefill(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Append `tokens` to the cache, in pieces; the logits after the last one, float32 [vocabulary].
+
+        Raises `CapacityError`, with the cache as it was, when they do not fit the context.
+        """
+        ids = self._checked(tokens)
+        for start in range(0, len(ids), PIECE):
+            logits = self.decoder.run(ids[start : start + PIECE], 1)
+        return logits[-1]
+
+    def step(self, token: int) -> np.ndarray:
+        """Append one token; the logits after it, float32 [vocabulary]."""
+        return self.decoder.run(self._checked([token]), 1)[-1]
+
+    def logits(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The logits after every one of `tokens`, float32 [len(tokens), vocabulary], from an empty cache.
+
+        The cache holds `tokens` afterwards.
+        """
+        self.reset()
+        ids = self._checked(tokens)
+        pieces = [ids[start : start + PIECE] for start in range(0, len(ids), PIECE)]
+        return np.concatenate([self.decoder.run(piece, len(piece)) for piece in pieces])
+
+    def check_room(self, new: int) -> None:
+        """Raise `CapacityError` when `new` more positions are beyond the model's context."""
+        context, length = self.artifact.context, self.length
+        if context is not None and length + new > context:
+            filled = f"{length} in the cache and {new} more" if length else f"{new}"
+            raise CapacityError(
+                f"{filled} tokens are {length + new} positions, but the model's context is {context}: "
+                f"{length + new - context} too many"
+            )
+
+    def _checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """`tokens` as int64 [n], n at least 1, each within the vocabulary, and room for all of them."""
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+            raise InputError(
+                f"tokens are {ids.dtype} of shape {list(ids.shape)}, expected one or more whole numbers in one row"
+            )
+        ids = ids.astype(np.int64, copy=False)
+        if ids.min() < 0 or ids.max() >= self.vocabulary:
+            wrong = ids[(ids < 0) | (ids >= self.vocabulary)][0]
+            raise InputError(f"token {wrong} is outside the vocabulary of {self.vocabulary}")
+        self.check_room(len(ids))
+        return ids
+
+    # ---- encoders and plain modules
+
+    def run(self, **arrays: Any) -> dict[str, np.ndarray]:
+        """Every output of the graph for the given inputs, by name.
+
+        Arrays are converted to the input's type. A mask or token types that are not given are those of one whole text:
+        all ones, all zeros.
+        """
+        infos = {info.name: info for info in self.artifact.inputs}
+        if unknown := sorted(arrays.keys() - infos.keys()):
+            raise UsageError(f"no input is called {', '.join(unknown)}; the inputs are {', '.join(infos)}")
+        given = {name: np.asarray(array).astype(infos[name].dtype, copy=False) for name, array in arrays.items()}
+        tokens = next((given[info.name] for info in infos.values() if info.role == "tokens" and info.name in given), None)
+        for name, info in infos.items():
+            if name in given:
+                continue
+            if tokens is None or info.role not in ("mask", "token_types", "positions"):
+                raise UsageError(f"the input {name} ({info.dtype} {list(info.shape)}) is missing")
+            if info.role == "positions":
+                given[name] = np.broadcast_to(np.arange(tokens.shape[-1]), tokens.shape).astype(info.dtype)
+            else:
+                given[name] = np.full(tokens.shape, int(info.role == "mask"), info.dtype)
+        for name, array in given.items():
+            _check_shape(name, array, infos[name].shape)
+        assert self.onnx is not None
+        names = [info.name for info in self.artifact.outputs]
+        return dict(zip(names, self.onnx.run(names, given), strict=True))
+
+
+def _check_shape(name: str, array: np.ndarray, expected: tuple[int | str, ...]) -> None:
+    fits = len(array.shape) == len(expected) and all(
+        isinstance(want, str) or have == want for have, want in zip(array.shape, expected, strict=True)
+    )
+    if not fits:
+        raise UsageError(f"the input {name} has shape {list(array.shape)}, expected {list(expected)}")
+
+
+def _open(
+    artifact: Artifact, threads: int | None, portable: bool, providers: Sequence[str]
+) -> onnxruntime.InferenceSession:
+    check_onnxruntime()
+    if artifact.target == "onnx":
+        if artifact.layout_version > library.LAYOUT_VERSION:
+            raise UnsupportedError(
+                f"{artifact.path} has packed layout version {artifact.layout_version}, this qcompiler has "
+                f"{library.LAYOUT_VERSION}: install a newer one"
+            )
+        options = session_options(threads, portable=portable)
+    else:
+        options = plain_options(threads)
+    try:
+        return onnxruntime.InferenceSession(str(artifact.file(artifact.entry)), options, providers=list(providers))
+    except Exception as error:  # ONNX Runtime's own errors have no common base
+        raise InputError(f"{artifact.path / artifact.entry} cannot be loaded by ONNX Runtime: {error}") from error
