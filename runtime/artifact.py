@@ -163,7 +163,9 @@ def verify_files(artifact: Artifact) -> int:
     Files are read in pieces, so memory stays small. Raises `GateError` naming every file that is missing, differs, or
     is there without being listed.
     """
-    wrong = [] if _seal_holds(artifact.path / MANIFEST) else [f"{MANIFEST} was changed: its own SHA-256 does not fit it"]
+    wrong = []
+    if not _seal_holds(artifact.path / MANIFEST):
+        wrong.append(f"{MANIFEST} was changed: its own SHA-256 does not fit it")
     for name, info in sorted(artifact.files.items()):
         problem = _file_problem(artifact.path, name, info)
         if problem is None and (digest := _sha256(artifact.path / name)) != info.sha256.lower():

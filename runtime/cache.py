@@ -21,7 +21,7 @@ START_CAPACITY = 256
 
 
 class Cache(Protocol):
-    """What a decoder needs of its cache. `length` counts the filled positions, `values` are the current past tensors."""
+    """What a decoder needs of its cache. `length` counts the filled positions, `values` are the past tensors now."""
 
     @property
     def length(self) -> int: ...

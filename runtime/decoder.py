@@ -1,4 +1,4 @@
-"""One decoder graph in ONNX Runtime, fed piece by piece: what goes into every input, and no copy that can be avoided."""
+"""One decoder graph in ONNX Runtime, fed piece by piece: what goes into every input, and no needless copy."""
 
 from __future__ import annotations
 

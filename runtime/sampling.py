@@ -39,7 +39,7 @@ class Sampler:
         """The next token's id from its logits, float32 [vocabulary]. Raises `GateError` when they are not numbers."""
         best = int(np.argmax(logits))  # the index of a NaN, where there is one
         if np.isnan(logits[best]):
-            raise GateError("the model's logits are not numbers (NaN): the artifact is damaged or was made from such weights")
+            raise GateError("the logits are not numbers (NaN): the artifact, or what it was made from, is damaged")
         if self.temperature == 0 or self.top_k == 1:
             return best
         return self._draw(logits)

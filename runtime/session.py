@@ -147,7 +147,7 @@ class Session:
         if unknown := sorted(arrays.keys() - infos.keys()):
             raise UsageError(f"no input is called {', '.join(unknown)}; the inputs are {', '.join(infos)}")
         given = {name: np.asarray(array).astype(infos[name].dtype, copy=False) for name, array in arrays.items()}
-        tokens = next((given[info.name] for info in infos.values() if info.role == "tokens" and info.name in given), None)
+        tokens = next((given[name] for name, info in infos.items() if info.role == "tokens" and name in given), None)
         for name, info in infos.items():
             if name in given:
                 continue

@@ -29,7 +29,7 @@ class Tokenizer:
     def __init__(self, artifact: Artifact) -> None:
         if not has_tokenizer(artifact):
             raise InputError(
-                f"{artifact.path} has no {FILE}: the checkpoint came without a tokenizer, so pass token ids instead of text"
+                f"{artifact.path} has no {FILE}: the checkpoint came without a tokenizer; pass token ids, not text"
             )
         path = artifact.file(FILE)
         try:

@@ -119,7 +119,7 @@ def _length_reads(model: ir.Model, layers: Sequence[CacheLayer]) -> list[_Read]:
         for name, slot in ((layer.past_key, 3), (layer.past_value, 4)):
             past = inputs[name]
             if past.shape is None or len(past.shape) != 4 or isinstance(past.shape[_LENGTH_AXIS], int):
-                raise _Refused(f"{name} has the shape {past.shape}, not [1, heads, length, head_dim] with a free length")
+                raise _Refused(f"{name} has the shape {past.shape}; expected [1, heads, length, dim], length free")
             for node, index in past.uses():
                 if _is_attention(node) and index == slot:
                     attentions.append(node)
