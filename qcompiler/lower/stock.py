@@ -1,0 +1,180 @@
+"""Lower our ops to those that an unmodified ONNX Runtime runs well on a CPU.
+
+    ai.qcompiler::LinearNBit     ─▶  com.microsoft::MatMulNBits   (int8 activations: accuracy_level 4)
+    ai.qcompiler::EmbeddingNBit  ─▶  Gather + unpack + scale
+
+`MatMulNBits` wants one scale a block of a power of two: a scale of the whole row is repeated for its blocks. Its int8 activations
+have one scale a block of the weight, where ours have one a token or per 128 inputs; results agree up to that rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.errors import UnsupportedError
+from qcompiler.ops import layout
+from qcompiler.ops.formats import Activation, AffineFormat
+from qcompiler.ops.spec import DOMAIN
+from qcompiler.recipe.schema import Recipe, Scheme
+
+MICROSOFT = "com.microsoft"
+BITS = (8, 4, 2)  # what MatMulNBits has CPU kernels for
+ROW_BLOCK = 128  # block of a row that has a single scale
+INT8_ACTIVATIONS = 4  # accuracy_level
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse a recipe with a format that stock ONNX Runtime has no kernel for.
+
+    Raises:
+        UnsupportedError: naming the part of the recipe, the format, and the nearest that works.
+    """
+    parts = {"linear": recipe.linear, "embed": recipe.embed, "head": recipe.head}
+    parts |= {f"overrides.{i}": o.scheme for i, o in enumerate(recipe.overrides)}
+    for name, scheme in parts.items():
+        if isinstance(scheme, Scheme) and scheme.bits not in BITS:
+            near = [AffineFormat(bits, scheme.group, scheme.symmetric).label for bits in (scheme.bits + 1, scheme.bits - 1)]
+            raise UnsupportedError(
+                f"recipe {recipe.name}: {name}: stock ONNX Runtime has no kernel for {scheme.weight_format.label}; nearest: {' or '.join(near)}. "
+                "The target `onnx` runs it with our op library"
+            )
+
+
+@dataclass
+class StockWeight:
+    """A weight in the layout of MatMulNBits: initializers, and the bytes that each takes."""
+
+    codes: ir.Value
+    scales: ir.Value
+    zeros: ir.Value | None
+    block: int
+    bits: int
+    bytes: dict[str, int]
+
+
+def to_stock(model: ir.Model) -> dict[str, dict[str, int]]:
+    """Rewrite every node of our domain; `model` is changed in place.
+
+    Returns:
+        Bytes by `codes`, `scales`, `zeros`, `padding` for each weight, by the name of its packed codes.
+    """
+    weights: dict[str, StockWeight] = {}
+    for node in list(model.graph.all_nodes()):
+        if node.domain != DOMAIN:
+            continue
+        codes = node.inputs[1]
+        if codes.name not in weights:
+            weights[codes.name] = _convert(model.graph, node)
+        weight = weights[codes.name]
+        replace = _linear if node.op_type == "LinearNBit" else _embedding
+        output = replace(model.graph, node, weight)
+        name = node.outputs[0].name
+        node.outputs[0].replace_all_uses_with(output, replace_graph_outputs=True)
+        output.shape, output.type = node.outputs[0].shape, node.outputs[0].type
+        node.graph.remove(node, safe=True)
+        output.name = name
+    for key in [key for key in model.functions if key[0] == DOMAIN]:
+        del model.functions[key]
+    model.graph.opset_imports.pop(DOMAIN, None)
+    model.graph.opset_imports.setdefault(MICROSOFT, 1)
+    for value in [v for v in model.graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
+        del model.graph.initializers[value.name]
+    return {name: weight.bytes for name, weight in weights.items()}
+
+
+def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
+    graph.register_initializer(value)
+    return value
+
+
+def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Unsigned codes `[..., count]` -> bytes, the first code in the lowest bits."""
+    per_byte = 8 // bits
+    count = codes.shape[-1]
+    padded = np.zeros((*codes.shape[:-1], -(-count // per_byte) * per_byte), np.uint8)
+    padded[..., :count] = codes
+    fields = padded.reshape(*codes.shape[:-1], -1, per_byte) << (np.arange(per_byte, dtype=np.uint8) * bits)
+    return np.bitwise_or.reduce(fields, axis=-1)
+
+
+def _convert(graph: ir.Graph, node: ir.Node) -> StockWeight:
+    attribute = node.attributes.get_int
+    n, k, bits, group = (attribute(name) for name in ("n", "k", "bits", "group"))
+    packed_zeros = node.inputs[3] if len(node.inputs) > 3 else None
+    format = AffineFormat(bits, group, packed_zeros is None)
+    if bits not in BITS:
+        raise UnsupportedError(f"node {node.name}: stock ONNX Runtime has no kernel for {format.label}")
+    block = group or ROW_BLOCK
+    blocks = -(-k // block)
+    shift = 128 if bits == 8 else 0  # MatMulNBits has unsigned codes; ours of 8 bits are signed
+    codes = layout.unpack_codes(node.inputs[1].const_value.numpy(), n, k, bits).astype(np.int16) + shift
+    padded = np.full((n, blocks * block), format.center + shift, np.uint8)
+    padded[:, :k] = codes
+    scales = layout.unpack_scales(node.inputs[2].const_value.numpy(), n).astype(np.float32)
+    scales = np.ascontiguousarray(np.broadcast_to(scales, (n, blocks)))
+    base = node.inputs[1].name.removesuffix("codes")
+    array = _pack(padded.reshape(n, blocks, block), bits)
+    sizes = {"codes": -(-n * k * bits // 8), "scales": scales.nbytes, "zeros": 0, "padding": array.nbytes - -(-n * k * bits // 8)}
+    zeros = None
+    if packed_zeros is not None:
+        points = layout.unpack_zeros(packed_zeros.const_value.numpy(), n, bits).astype(np.int16) + shift
+        packed = _pack(np.broadcast_to(points, (n, blocks)).astype(np.uint8), bits)
+        sizes["zeros"] = packed.nbytes
+        zeros = _initializer(graph, f"{base}zero_points", packed)
+    return StockWeight(_initializer(graph, f"{base}blocks", array), _initializer(graph, f"{base}block_scales", scales), zeros, block, bits, sizes)
+
+
+def _linear(graph: ir.Graph, node: ir.Node, weight: StockWeight) -> ir.Value:
+    attribute = node.attributes.get_int
+    attributes = {"K": attribute("k"), "N": attribute("n"), "bits": weight.bits, "block_size": weight.block}
+    if Activation(attribute("activation")) is not Activation.FLOAT:
+        attributes["accuracy_level"] = INT8_ACTIVATIONS
+    inputs = [node.inputs[0], weight.codes, weight.scales]
+    if weight.zeros is not None:
+        inputs.append(weight.zeros)
+    new = ir.node("MatMulNBits", inputs, attributes=attributes, domain=MICROSOFT, name=node.name)
+    nodes, output = [new], new.outputs[0]
+    bias = node.inputs[4] if len(node.inputs) > 4 else None
+    if bias is not None:
+        add = ir.node("Add", [output, bias])
+        nodes, output = [new, add], add.outputs[0]
+    node.graph.insert_before(node, nodes)
+    return output
+
+
+def _embedding(graph: ir.Graph, node: ir.Node, weight: StockWeight) -> ir.Value:
+    """Rows gathered in packed form, unpacked, scaled: `[..., blocks, bytes]` -> `[..., k]`."""
+    n, k = (node.attributes.get_int(name) for name in ("n", "k"))
+    tape = ir.tape.Tape()
+    constant = lambda value, dtype: tape.op("Constant", [], {"value": ir.tensor(np.asarray(value, dtype))})  # noqa: E731
+    rank = len(node.inputs[0].shape)
+    rows = tape.op("Gather", [weight.codes, node.inputs[0]], {"axis": 0})
+    if weight.bits < 8:
+        mask = constant(2**weight.bits - 1, np.uint8)
+        fields = []
+        for shift in range(0, 8, weight.bits):
+            moved = tape.op("BitShift", [rows, constant(shift, np.uint8)], {"direction": "RIGHT"}) if shift else rows
+            fields.append(tape.op("Unsqueeze", [tape.op("BitwiseAnd", [moved, mask]), constant([rank + 2], np.int64)]))
+        rows = tape.op("Concat", fields, {"axis": rank + 2})
+        rows = tape.op("Reshape", [rows, constant([0] * (rank + 1) + [weight.block], np.int64)])
+    q = tape.op("Cast", [rows], {"to": ir.DataType.FLOAT})
+    if weight.zeros is None:
+        q = tape.op("Sub", [q, constant(128 if weight.bits == 8 else 2 ** (weight.bits - 1), np.float32)])
+    else:
+        points = layout.unpack_zeros(node.inputs[3].const_value.numpy(), n, weight.bits).astype(np.float32)
+        blocks = weight.scales.shape[1]
+        wide = np.broadcast_to(points + (128 if weight.bits == 8 else 0), (n, blocks)).astype(np.uint8)
+        table = _initializer(graph, f"{weight.codes.name}_points", np.ascontiguousarray(wide))
+        z = tape.op("Cast", [tape.op("Gather", [table, node.inputs[0]], {"axis": 0})], {"to": ir.DataType.FLOAT})
+        q = tape.op("Sub", [q, tape.op("Unsqueeze", [z, constant([rank + 1], np.int64)])])
+    s = tape.op("Gather", [weight.scales, node.inputs[0]], {"axis": 0})
+    w = tape.op("Mul", [q, tape.op("Unsqueeze", [s, constant([rank + 1], np.int64)])])
+    flat = tape.op("Reshape", [w, constant([0] * rank + [weight.scales.shape[1] * weight.block], np.int64)])
+    y = tape.op("Slice", [flat, constant([0], np.int64), constant([k], np.int64), constant([rank], np.int64)])
+    node.graph.insert_before(node, tape.nodes)
+    return y
