@@ -184,7 +184,8 @@ def tiny(model_type: str) -> transformers.PreTrainedModel:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    model.generation_config.do_sample = False
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.do_sample = False
     return model
 
 

@@ -19,6 +19,8 @@ _RELABELLING = frozenset(
         aten.detach.default,
         aten.expand.default,
         aten.lift_fresh_copy.default,
+        aten.mT.default,
+        aten.numpy_T.default,
         aten.permute.default,
         aten.reshape.default,
         aten.select.int,
@@ -36,6 +38,11 @@ _RELABELLING = frozenset(
         aten.unsqueeze.default,
         aten.view.default,
     }
+)
+
+# Of these, on a matrix: what swaps its two axes.
+TRANSPOSING = frozenset(
+    {aten.mT.default, aten.numpy_T.default, aten.permute.default, aten.t.default, aten.transpose.int}
 )
 
 

@@ -1,0 +1,34 @@
+"""Encoders: tokens and their mask in, hidden states, a pooled vector or class scores out."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from transformers import PreTrainedModel
+
+from qcompiler.capture.prepared import Prepared
+
+_BATCH, _LENGTH = 2, 11
+
+
+def prepare_encoder(model: PreTrainedModel) -> Prepared:
+    """One graph for any batch and any sequence length; padding is masked."""
+    accepted = inspect.signature(model.forward).parameters
+    vocabulary = model.config.get_text_config().vocab_size
+    # Different tokens everywhere, so that no two rows look alike to the tracer; the last tokens of one row are padding.
+    ids = torch.arange(_BATCH * _LENGTH).reshape(_BATCH, _LENGTH).remainder(vocabulary)
+    inputs = {"input_ids": ids}
+    if "attention_mask" in accepted:
+        inputs["attention_mask"] = torch.ones_like(ids)
+        inputs["attention_mask"][-1, -3:] = 0
+    # A vocabulary of one token type (or none) is never fed: tokenizers for such models do not produce the input.
+    if "token_type_ids" in accepted and getattr(model.config, "type_vocab_size", 0) > 1:
+        inputs["token_type_ids"] = torch.zeros_like(ids)
+    axes = {name: {0: "batch", 1: "length"} for name in inputs}
+    shapes = {name: dict.fromkeys(names, torch.export.Dim.AUTO) for name, names in axes.items()}
+    # A decoder's backbone used as an encoder would return a cache that nobody reads.
+    switches = {"use_cache": False} if "use_cache" in accepted else {}
+    if "return_dict" in accepted:
+        switches["return_dict"] = True
+    return Prepared(model, {**inputs, **switches}, shapes, "encoder", model.config.model_type, axes)
