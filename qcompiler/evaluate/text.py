@@ -1,16 +1,16 @@
-"""The text that models are calibrated and evaluated on: the user's own Python's `pydoc_data.topics`, or the user's files.
+"""The text that models are calibrated and evaluated on: `pydoc_data.topics` of the user's Python, or the user's files.
 
 `pydoc_data.topics` is the language reference behind `help("...")`: technical English that comes with every Python, so
-nothing is downloaded and nothing is bundled. Sorted by name, its first two thirds are for calibration and its last third
-for evaluation: the two never share a topic. It changes a little with the version of Python, so the description of a text
-names the version.
+nothing is downloaded and nothing is bundled. Sorted by name, its first two thirds are for calibration and its last
+third for evaluation: the two never share a topic. It changes a little with the version of Python, so the description
+of a text names the version.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from qcompiler.errors import InputError, UsageError
@@ -59,7 +59,8 @@ def read_text(files: str | os.PathLike | Iterable[str | os.PathLike]) -> Text:
                 documents.append(file.read())
         except UnicodeDecodeError as error:
             raise InputError(
-                f"text file {name!r} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}; convert it first"
+                f"text file {name!r} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}; "
+                "convert it first"
             ) from error
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             raise InputError(f"cannot read text file {name!r}: {getattr(error, 'strerror', None) or error}") from error
@@ -70,10 +71,10 @@ def read_text(files: str | os.PathLike | Iterable[str | os.PathLike]) -> Text:
     return Text(content, names)
 
 
-def as_text(text: Text | str | os.PathLike | Iterable[str | os.PathLike] | None, default: Text) -> Text:
-    """`text` itself, the files that it names, or `default` for None."""
+def as_text(text: Text | str | os.PathLike | Iterable[str | os.PathLike] | None, default: Callable[[], Text]) -> Text:
+    """`text` itself, the files that it names, or `default()` for None."""
     if text is None:
-        return default
+        return default()
     return text if isinstance(text, Text) else read_text(text)
 
 

@@ -1,0 +1,279 @@
+"""Evaluate a model on a text, alone or against the float model that it was compiled from.
+
+Both see the same text in the same windows, one window at a time: never more than one window's outputs are held.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qcompiler.errors import GateError, InputError, UsageError
+from qcompiler.evaluate.metrics import Mean, OutputError, token_divergence, token_nll
+from qcompiler.evaluate.targets import LOGITS, Target, open_target
+from qcompiler.evaluate.text import Text, as_text, evaluation_text
+from qcompiler.evaluate.tokens import Tokens, load_tokens, same_tokens
+from qcompiler.evaluate.windows import Window, choose_context, cut
+
+if TYPE_CHECKING:
+    from qcompiler.report.progress import Reporter
+
+SCHEMA = 1
+
+# Two tokenizers that agree on this much of the text are taken for one.
+_SAMPLE_CHARACTERS = 20_000
+
+
+def evaluate(
+    target: Any,
+    against: Any = None,
+    text: Text | str | os.PathLike | Iterable[str | os.PathLike] | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    reporter: Reporter | None = None,
+    threads: int | None = None,
+    tokenizer: Any = None,
+) -> dict[str, Any]:
+    """Measure `target`, and how far it is from `against`.
+
+    Args:
+        target: a directory with a compiled artifact, a model directory, `reference`, a hub id, a torch module, an open
+            `Session`, or a function from tokens (int64 `[length]`) to logits (`[length, vocabulary]`).
+        against: the float model to compare with; likewise.
+        text: files to evaluate on (UTF-8), or a `Text`; by default `evaluation_text()`.
+        context: tokens a window; by default what the models were trained at (see `windows`).
+        stride: tokens from one window to the next; by default windows do not overlap.
+        max_windows: stop after so many windows; by default the whole text.
+        reporter: told of the progress.
+        threads: threads for torch and for ONNX Runtime; None leaves it to them.
+        tokenizer: a tokenizer, or a directory with one, where neither `target` nor `against` brings its own.
+
+    Returns:
+        A dict for JSON. Always: `schema`, `kind`, `target`, `text` (its description), `context`, `stride`, `windows`,
+        `tokens` (how many were scored).
+
+        `kind` `language-model`: `perplexity`, `perplexity_se`; with `against` also `against`, `against_perplexity`,
+        `against_perplexity_se`, `ratio` (perplexity / against's) and `ratio_se` (of the paired difference), `kld_mean`,
+        `kld_mean_se` and `kld_p99` (KL(against ‖ target) in nats a token), `same_top` and `same_top_se` (0 to 1).
+
+        `kind` `outputs`, for models without a language model's head (needs `against`): `against` and `outputs`, which
+        holds `cosine`, `cosine_se`, `sqnr_db` and `max_error` for each output that both have.
+
+        Standard errors are over windows (see `metrics`) and None for a single window; `sqnr_db` is None without error.
+
+    Raises:
+        UsageError: no tokenizer, different tokenizers or vocabularies, a context or stride that does not fit, or a
+            model without a head and nothing to compare it with.
+        InputError: a model or text cannot be read, or the text is too short to score a token.
+        GateError: NaN or infinity in an output; the message names the window.
+    """
+    if max_windows is not None and max_windows < 1:
+        raise UsageError(f"max_windows is {max_windows}, expected at least 1")
+    source = as_text(text, evaluation_text)
+    with _threads(threads):
+        models = [open_target(model, threads) for model in (target, against) if model is not None]
+        tokens = _tokens(models, tokenizer, source)
+        length = choose_context(context, [model.context.within(tokens.limit) for model in models])
+        ids = tokens.encode(source.content)
+        # What stands before a text begins every window. What stands after it would be scored as text, so it is left to
+        # models that are not asked for the next token.
+        marks = (tokens.prefix, () if models[0].causal is not False else tokens.suffix)
+        windows = list(islice(cut(ids, length, stride, *marks), max_windows))
+        if not windows:
+            raise InputError(f"{source.description}: {len(ids)} tokens are too few to score one")
+        return {
+            "schema": SCHEMA,
+            "kind": "language-model",
+            "target": models[0].name,
+            "text": source.description,
+            "context": length,
+            "stride": length if stride is None else stride,
+            "windows": len(windows),
+            "tokens": sum(window.last - window.first for window in windows),
+            **_measure(models, windows, tokens, reporter),
+        }
+
+
+def _measure(models: list[Target], windows: list[Window], tokens: Tokens, reporter: Reporter | None) -> dict[str, Any]:
+    scores: _Scores | _Outputs | None = None
+    if reporter is not None:
+        reporter.stage("evaluate")
+    for window in windows:
+        outputs = [_run(model, window) for model in models]
+        if scores is None:
+            causal = all(_predicts(model, output, tokens) for model, output in zip(models, outputs, strict=True))
+            scores = _Scores(models) if causal else _Outputs(models)
+        scores.add(window, outputs)
+        if reporter is not None:
+            reporter.layer(window.index + 1, len(windows), f"window {window.index + 1}", scores.progress())
+    assert scores is not None
+    return scores.result()
+
+
+class _Scores:
+    """Language models: perplexity, and the divergence of their predictions."""
+
+    def __init__(self, models: list[Target]) -> None:
+        self._models = models
+        self._nll = [Mean() for _ in models]
+        self._difference, self._kld, self._same = Mean(), Mean(), Mean()
+        self._klds: list[np.ndarray] = []
+
+    def add(self, window: Window, outputs: list[dict[str, np.ndarray]]) -> None:
+        logits = [window.scored(output[LOGITS]) for output in outputs]
+        widths = [rows.shape[-1] for rows in logits]
+        if len(set(widths)) > 1:
+            names = [model.name for model in self._models]
+            raise UsageError(
+                f"{names[0]} has a vocabulary of {widths[0]} and {names[1]} one of {widths[1]}: "
+                "they cannot be compared token by token; expected a model and what was compiled from it"
+            )
+        if window.labels.max() >= widths[0]:
+            raise UsageError(
+                f"the tokenizer gives token {window.labels.max()}, but {self._models[0].name} has a vocabulary of "
+                f"{widths[0]}: the tokenizer is not the model's"
+            )
+        nll = [token_nll(rows, window.labels) for rows in logits]
+        for mean, values in zip(self._nll, nll, strict=True):
+            mean.add(values)
+        if len(logits) == 2:
+            kld, same = token_divergence(logits[1], logits[0])
+            self._difference.add(nll[0] - nll[1])
+            self._kld.add(kld)
+            self._same.add(same)
+            self._klds.append(kld)
+
+    def progress(self) -> str:
+        perplexity = f"perplexity {self._nll[0].exp()[0]:.2f}"
+        return perplexity if len(self._nll) == 1 else f"{perplexity}  kl {self._kld.mean:.4f}"
+
+    def result(self) -> dict[str, Any]:
+        perplexity, se = self._nll[0].exp()
+        found: dict[str, Any] = {"perplexity": perplexity, "perplexity_se": se}
+        if len(self._nll) == 2:
+            against, against_se = self._nll[1].exp()
+            # Paired, token by token: the text's own difficulty cancels, and the error bar with it.
+            ratio, ratio_se = self._difference.exp()
+            found |= {
+                "against": self._models[1].name,
+                "against_perplexity": against,
+                "against_perplexity_se": against_se,
+                "ratio": ratio,
+                "ratio_se": ratio_se,
+                "kld_mean": self._kld.mean,
+                "kld_mean_se": self._kld.se,
+                "kld_p99": float(np.quantile(np.concatenate(self._klds), 0.99)),
+                "same_top": self._same.mean,
+                "same_top_se": self._same.se,
+            }
+        return found
+
+
+class _Outputs:
+    """Models without a head over the vocabulary: what comes out, against what the float model gives."""
+
+    def __init__(self, models: list[Target]) -> None:
+        if len(models) == 1:
+            raise UsageError(
+                f"{models[0].name} does not predict the next token, so it has no perplexity; "
+                "give the float model to compare its outputs with (against)"
+            )
+        self._models = models
+        self._errors: dict[str, OutputError] = {}
+        self._tokens = 0
+
+    def add(self, window: Window, outputs: list[dict[str, np.ndarray]]) -> None:
+        ours, theirs = outputs
+        if not self._errors:
+            self._errors = {name: OutputError() for name in ours if name in theirs}
+            if not self._errors:
+                raise UsageError(
+                    f"{self._models[0].name} gives {', '.join(ours)} and {self._models[1].name} gives "
+                    f"{', '.join(theirs)}: there is no output to compare"
+                )
+        for name, error in self._errors.items():
+            if ours[name].shape != theirs[name].shape:
+                raise UsageError(
+                    f"output {name} is {list(ours[name].shape)} from {self._models[0].name} and "
+                    f"{list(theirs[name].shape)} from {self._models[1].name}: expected one shape"
+                )
+            error.add(theirs[name], ours[name])
+        self._tokens += len(window.tokens)
+
+    def progress(self) -> str:
+        name, error = next(iter(self._errors.items()))
+        return f"{name}: cosine {error.result()['cosine']:.5f}"
+
+    def result(self) -> dict[str, Any]:
+        return {
+            "kind": "outputs",
+            "against": self._models[1].name,
+            "tokens": self._tokens,
+            "outputs": {name: error.result() for name, error in self._errors.items()},
+        }
+
+
+def _run(model: Target, window: Window) -> dict[str, np.ndarray]:
+    outputs = model.run(window.tokens)
+    for name, values in outputs.items():
+        # -inf is how a padded vocabulary rules a token out; NaN and +inf are damage.
+        wrong = np.isnan(values) | (values == np.inf)
+        if wrong.any():
+            where = [int(axis) for axis in np.argwhere(wrong)[0]]
+            raise GateError(
+                f"{model.name} gives {values[tuple(where)]} in {name} at {where} of window {window.index} "
+                f"(tokens {window.start} to {window.start + len(window.tokens)} of the text)"
+            )
+    return outputs
+
+
+def _predicts(model: Target, outputs: dict[str, np.ndarray], tokens: Tokens) -> bool:
+    if model.causal is not None:
+        return model.causal
+    logits = outputs.get(LOGITS)
+    return logits is not None and logits.ndim == 2 and logits.shape[-1] >= tokens.size
+
+
+def _tokens(models: list[Target], given: Any, text: Text) -> Tokens:
+    """The one tokenizer for all models."""
+    if given is not None:
+        return load_tokens(given)
+    own = [model for model in models if model.tokens is not None]
+    if not own:
+        names = " and ".join(model.name for model in models)
+        raise UsageError(f"{names} come{'s' if len(models) == 1 else ''} without a tokenizer: give one (tokenizer)")
+    first, other = own[0], own[-1]
+    assert first.tokens is not None and other.tokens is not None
+    if not same_tokens(first.tokens, other.tokens, text.content[:_SAMPLE_CHARACTERS]):
+        raise UsageError(
+            f"{first.name} and {other.name} have different tokenizers, so they cannot be compared token by token; "
+            "expected a model and what was compiled from it"
+        )
+    return first.tokens
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Let torch use `count` threads, where it is loaded at all, and afterwards as many as before."""
+    if count is None:
+        yield
+        return
+    if count < 1:
+        raise UsageError(f"threads is {count}, expected at least 1")
+    try:
+        import torch
+    except ImportError:  # an install that runs artifacts only
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

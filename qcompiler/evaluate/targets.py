@@ -1,0 +1,189 @@
+"""What can be evaluated, brought into one form: tokens in, named outputs out."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qcompiler.errors import InputError, UnsupportedError, UsageError
+from qcompiler.evaluate.tokens import Tokens, load_tokens
+from qcompiler.evaluate.windows import Context
+
+LOGITS = "logits"
+
+# Outputs of `transformers` models that are no result: caches, and what is only returned on request.
+_NOT_RESULTS = {"past_key_values", "hidden_states", "attentions", "cross_attentions", "loss"}
+
+
+@dataclass
+class Target:
+    """Something to evaluate.
+
+    Attributes:
+        name: for messages and records.
+        run: int64 `[length]` in; outputs by name without the batch axis, float arrays, out.
+        causal: whether `run` gives `logits` `[length, vocabulary]` that predict the next token; None where only the
+            shape of what comes out can tell.
+        tokens: its tokenizer, or None.
+        context: what is known of its context.
+    """
+
+    name: str
+    run: Callable[[np.ndarray], dict[str, np.ndarray]]
+    causal: bool | None = None
+    tokens: Tokens | None = None
+    context: Context = Context()
+
+
+def open_target(source: Any, threads: int | None = None) -> Target:
+    """Bring `source` into the form of a `Target`.
+
+    Args:
+        source: a directory with a compiled artifact, a model directory, `reference` or a hub id, an open `Session`, a
+            torch module, or any function from tokens (int64 `[length]`) to logits (`[length, vocabulary]`, with or
+            without a batch axis before).
+        threads: threads of an artifact's session; None leaves it to ONNX Runtime.
+
+    Raises:
+        InputError: there is nothing of that name, or it cannot be read.
+        UnsupportedError: a model whose input is more than one text.
+        UsageError: `source` is none of these.
+    """
+    if isinstance(source, Target):
+        return source
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        if (path / "manifest.json").is_file():
+            from qcompiler.runtime.session import Session
+
+            return _of_session(Session(path, threads=threads))
+        return _of_checkpoint(os.fspath(source))
+    if hasattr(source, "artifact") and hasattr(source, "logits"):
+        return _of_session(source)
+    if _is_module(source):
+        return _of_module(source)
+    if callable(source):
+        name = getattr(source, "__name__", type(source).__name__)
+        return Target(name, lambda tokens: {LOGITS: _array(source(tokens), batch=3)}, causal=True)
+    raise UsageError(
+        f"cannot evaluate {type(source).__name__}: expected a directory, a hub id, a torch module or a function"
+    )
+
+
+def _of_session(session: Any) -> Target:
+    artifact = session.artifact
+    directory = Path(artifact.path)
+    config = _read_config(directory)
+    context = Context(Context.of_config(config).trained, artifact.context or Context.of_config(config).positions)
+    has_tokenizer = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    tokens = load_tokens(directory) if has_tokenizer else None
+    if artifact.kind == "decoder":
+        return Target(str(directory), lambda ids: {LOGITS: session.logits(ids)}, True, tokens, context)
+    info = artifact.input("tokens")
+    if info is None:
+        raise UnsupportedError(f"{directory} takes no tokens, so it cannot be evaluated on a text")
+
+    def run(ids: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: _array(value) for name, value in session.run(**{info.name: ids[None]}).items()}
+
+    return Target(str(directory), run, False, tokens, context)
+
+
+def _of_checkpoint(source: str) -> Target:
+    from qcompiler.capture.checkpoint import load
+    from qcompiler.data import reference_model
+
+    target = _of_module(load(source).model)
+    target.name = source
+    target.tokens = load_tokens(reference_model() if source == "reference" else source)
+    return target
+
+
+def _of_module(module: Any) -> Target:
+    import torch
+
+    name, config = type(module).__name__, getattr(module, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(
+            f"{name} is an encoder-decoder: its output needs a second text, which evaluation has not"
+        )
+    parameter = next(module.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    # A cache is of no use for whole windows; models that know the switch return less without it.
+    options = {"use_cache": False} if "use_cache" in inspect.signature(module.forward).parameters else {}
+
+    def run(tokens: np.ndarray) -> dict[str, np.ndarray]:
+        with _inference(module), torch.inference_mode():
+            return _named(module(torch.from_numpy(tokens)[None].to(device), **options))
+
+    source = getattr(config, "_name_or_path", "")
+    tokens = load_tokens(source) if source and Path(source).is_dir() else None
+    return Target(name, run, _is_causal(module), tokens, Context() if config is None else Context.of_config(config))
+
+
+@contextmanager
+def _inference(module: Any) -> Iterator[None]:
+    """Without dropout, and afterwards in the mode that it was in."""
+    training = module.training
+    if training:
+        module.eval()
+    try:
+        yield
+    finally:
+        if training:
+            module.train()
+
+
+def _is_causal(module: Any) -> bool | None:
+    """Whether the logits of a `transformers` model predict the next token; None for any other module."""
+    if not hasattr(module, "get_output_embeddings"):
+        return None
+    # A masked model has a head over the vocabulary too, but has seen the token that it would be scored on.
+    return module.get_output_embeddings() is not None and not type(module).__name__.endswith("ForMaskedLM")
+
+
+def _is_module(source: Any) -> bool:
+    # Asked by name, so that evaluating artifacts alone never imports torch.
+    return any(
+        base.__module__ == "torch.nn.modules.module" and base.__name__ == "Module" for base in type(source).__mro__
+    )
+
+
+def _named(output: Any) -> dict[str, np.ndarray]:
+    """The tensors of a module's output: a tensor alone is `logits`, those of a tuple are `0`, `1` …"""
+    if isinstance(output, Mapping):
+        items = [(name, value) for name, value in output.items() if name not in _NOT_RESULTS]
+    elif isinstance(output, tuple | list):
+        items = [(LOGITS if len(output) == 1 else str(i), value) for i, value in enumerate(output)]
+    else:
+        items = [(LOGITS, output)]
+    return {name: _array(value) for name, value in items if hasattr(value, "shape")}
+
+
+def _array(value: Any, batch: int | None = None) -> np.ndarray:
+    """As a float32 array, without the leading batch axis of 1 (only where there are `batch` axes, if that is given)."""
+    if hasattr(value, "detach"):
+        value = value.detach().float().cpu().numpy()
+    array = np.asarray(value)
+    if array.ndim > 1 and array.shape[0] == 1 and batch in (None, array.ndim):
+        array = array[0]
+    return array.astype(np.float32, copy=False)
+
+
+def _read_config(directory: Path) -> dict:
+    path = directory / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot read {str(path)!r}: {error}") from error
+    return config if isinstance(config, dict) else {}
