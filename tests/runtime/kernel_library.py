@@ -7,7 +7,7 @@ import pathlib
 
 import numpy as np
 
-from kernel_oracle import Weight
+from tests.runtime.kernel_oracle import Weight
 
 PARALLEL_FOR = ctypes.c_void_p
 

@@ -68,7 +68,9 @@ def pack_codes(q: np.ndarray, bits: int) -> np.ndarray:
     unit = {8: 4, 4: 8, 3: 32, 2: 16}[bits]
     rows, columns = _up(n, 16), _up(k, unit)
     q = _pad(q, rows, columns, 0 if bits == 8 else 1 << (bits - 1)) & 0xFF
-    fields = q.reshape(rows // 16, 16, columns // unit, unit // 4, 4).transpose(3, 0, 2, 1, 4)  # [field, tile, unit, 16, 4]
+    fields = q.reshape(rows // 16, 16, columns // unit, unit // 4, 4).transpose(
+        3, 0, 2, 1, 4
+    )  # [field, tile, unit, 16, 4]
     if bits == 3:
         low, high = fields[0::2], fields[1::2]
         index = low | high << 3
@@ -90,7 +92,9 @@ def pack_zeros(zero: np.ndarray, bits: int) -> np.ndarray:
     return np.frombuffer(bytes(out), np.uint8).copy()
 
 
-def make_weight(rng: np.random.Generator, n: int, k: int, bits: int, group: int, asymmetric: bool, extreme=False) -> Weight:
+def make_weight(
+    rng: np.random.Generator, n: int, k: int, bits: int, group: int, asymmetric: bool, extreme=False
+) -> Weight:
     """Random levels over the whole range; `extreme`: only the largest magnitudes."""
     low, high = (-128, 127) if bits == 8 else (0, (1 << bits) - 1)
     groups = -(-k // group) if group else 1
