@@ -1,37 +1,20 @@
-"""Our declaration of ONNX Runtime's C ABI against the official header, where one is installed.
-
-The header comes with Debian's libonnxruntime-dev, conda-forge's onnxruntime-cpp or a release archive; ORT_INCLUDE names
-its folder when it lies elsewhere.
-"""
+"""Our declaration of ONNX Runtime's C ABI against the official header, where one is installed (ort_header.py)."""
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.runtime.ort_header import find_header
+
 OURS = Path(__file__).resolve().parents[2] / "runtime" / "ort" / "ort_abi.h"
-HEADER = "onnxruntime_c_api.h"
-
-
-def _places() -> list[Path]:
-    roots = [Path(place) for place in (os.environ.get("ORT_INCLUDE"), os.environ.get("CPATH")) if place]
-    roots += [Path(sys.prefix) / "include", Path("/usr/include"), Path("/usr/local/include"), Path("/opt/homebrew/include")]
-    if conda := os.environ.get("CONDA_PREFIX"):
-        roots.append(Path(conda) / "include")
-    below = ("", "onnxruntime", "onnxruntime/core/session")
-    return [root / folder / HEADER for root in roots for folder in below]
 
 
 @pytest.fixture(scope="module")
 def official() -> str:
-    found = next((place for place in _places() if place.is_file()), None)
-    if found is None:
-        pytest.skip(f"no {HEADER} found; ORT_INCLUDE names the folder that has one")
-    text = _without_comments(found.read_text())
+    text = _without_comments(find_header("onnxruntime_c_api.h").read_text())
     # Inside OrtApi a C++ compiler sees deleted copies; they are no members.
     return re.sub(r"#if(def|\s+defined\()?\s*\(?__cplusplus\)?\s*\n\s*OrtApi\(.*?#endif", "", text, flags=re.S)
 
