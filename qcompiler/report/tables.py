@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 SCHEMA = 1
 
@@ -123,8 +123,12 @@ def _show_rich(document: Document, stream: TextIO) -> None:
             continue
         title = RichText(block.title, style="bold") if block.title else None
         table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in block.columns:
-            table.add_column(column.title, justify="right" if column.right else "left", overflow="fold")
+        for number, column in enumerate(block.columns):
+            # The name is what a row is about: it is the last to give way on a narrow terminal.
+            justify: Literal["left", "right"] = "right" if column.right else "left"
+            table.add_column(
+                column.title, justify=justify, no_wrap=number == 0, overflow="ellipsis" if number == 0 else "fold"
+            )
         for row in block.cells():
             table.add_row(*(RichText(cell) for cell in row))
         console.print(table)
