@@ -76,6 +76,6 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def _public_argv(argv: Sequence[str], options: argparse.Namespace) -> list[str]:
-    """The command line without the prompt."""
-    secret = getattr(options, "prompt", None)
-    return ["<prompt>" if secret is not None and argument == secret else argument for argument in argv]
+    """The command line without the user's texts."""
+    texts = {getattr(options, "prompt", None), *getattr(options, "stop", ())}
+    return ["<text>" if argument in texts else argument for argument in argv]
