@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from qcompiler.capture.checkpoint import Loaded
     from qcompiler.capture.prepared import Prepared
+    from qcompiler.evaluate.windows import Context
     from qcompiler.quantizer import Quantizer
     from qcompiler.recipe.schema import Recipe
 
@@ -98,14 +98,14 @@ def compile(
         manifest = build_manifest(
             target=target,
             kind=prepared.kind,
-            source=loaded.source if loaded is not None else type(model).__name__,
+            source=loaded.source_description if loaded is not None else type(model).__name__,
             model_type=prepared.description,
             parameters=sum(p.numel() for p in prepared.module.parameters()),
             recipe=chosen.name,
             fallbacks=[f for e in quantizer.trace.entries for f in e.record["fallbacks"]],
             allowed=recipes.to_dict(chosen)["allow"],
-            tokens=loaded.tokens if loaded is not None else None,
-            context=_context(loaded),
+            tokens=_special_tokens(loaded),
+            context=_context(loaded).positions,
             **facts["manifest"],
         )
         writer.set_manifest(manifest)
@@ -198,7 +198,7 @@ def _samples(
 
     if samples < 1:
         return tuple
-    if loaded is None or loaded.tokenizer is None or not takes_tokens(prepared):
+    if loaded is None or not loaded.tokenizer_files or not takes_tokens(prepared):
         return lambda: [prepared.example()]
 
     def read() -> Iterable[dict[str, Any]]:
@@ -206,19 +206,18 @@ def _samples(
 
         from qcompiler.evaluate.calibration import calibration_batches
 
-        windows = calibration_batches(loaded.tokenizer, text=text, samples=samples, length=length or min(_context(loaded) or DEFAULT_LENGTH, DEFAULT_LENGTH))
+        windows = calibration_batches(loaded.directory, text=text, samples=samples, length=length or min(_context(loaded).default or DEFAULT_LENGTH, DEFAULT_LENGTH))
         for window in windows:
             yield feed(prepared, torch.as_tensor(window).reshape(1, -1))
 
     return read
 
 
-def _context(loaded: Loaded | None) -> int | None:
-    if loaded is None:
-        return None
+def _context(loaded: Loaded | None) -> Context:
+    """What the checkpoint's configuration says of its context."""
     from qcompiler.evaluate.windows import Context
 
-    return Context.of_config(loaded.config).default
+    return Context.of_config(loaded.config) if loaded is not None else Context()
 
 
 def _emit_onnx(writer: ArtifactWriter, prepared: Prepared, quantizer: Quantizer, target: Target, reporter: Reporter) -> dict[str, Any]:
@@ -247,7 +246,7 @@ def _emit_onnx(writer: ArtifactWriter, prepared: Prepared, quantizer: Quantizer,
         "manifest": {
             "entry": MODEL_FILE,
             "inputs": [_port(p) for p in inputs],
-            "outputs": [_port(p) for p in outputs],
+            "outputs": [{"name": p.name, "dtype": p.dtype, "shape": list(p.shape)} for p in outputs],
             "cache": _cache(lowered, inputs, outputs),
             "unfused": lowered.unfused,
         },
@@ -303,5 +302,19 @@ def _write_records(writer: ArtifactWriter, quantizer: Quantizer, layers: dict[st
     writer.write_json("report.json", {"schema": 1, "recipe": quantizer.recipe.name, "totals": layers["totals"]})
     quantizer.trace.write(writer)
     writer.write_json("trace/environment.json", environment())
-    for file in loaded.files if loaded is not None else ():
-        shutil.copyfile(file, writer.path(file.name))
+    for file in [*loaded.tokenizer_files, *loaded.config_files] if loaded is not None else ():
+        writer.add_file(file)
+
+
+def _special_tokens(loaded: Loaded | None) -> dict[str, Any] | None:
+    """Ids that begin, end and pad a text; every id that ends one, from the generation settings and the configuration."""
+    if loaded is None:
+        return None
+    settings = [getattr(loaded.model, "generation_config", None), loaded.config.get_text_config()]
+
+    def ids(name: str) -> list[int]:
+        values = [getattr(s, name, None) for s in settings if s is not None]
+        return sorted({int(i) for v in values if v is not None for i in (v if isinstance(v, (list, tuple)) else [v])})
+
+    first = lambda name: next(iter(ids(name)), None)  # noqa: E731
+    return {"bos": first("bos_token_id"), "eos": ids("eos_token_id"), "pad": first("pad_token_id")}

@@ -14,6 +14,8 @@ _INPUT_ROLES = {
     "cache_position": "positions",
     "attention_mask": "mask",
     "token_type_ids": "token_types",
+    "past_length": "past_length",
+    "logits_to_keep": "logits_to_keep",
 }
 _OUTPUT_ROLES = {"logits": "logits", "last_hidden_state": "hidden", "pooler_output": "pooled"}
 _CACHE_LEAF = re.compile(r"^past_key_values\.layers\.(\d+)\.(keys|values)$")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import onnx_ir as ir
 from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 
+from qcompiler.artifact.manifest import version
 from qcompiler.capture.quiet import Quiet
 from qcompiler.errors import UnsupportedError
 from qcompiler.lower.share_cache import CacheResult, cache_layers, share_cache
@@ -34,7 +36,7 @@ class Lowered:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-FUSED_ATTENTION = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
+MODULE = "qcompiler.module"  # metadata of a node: path of the module that it comes from
 
 
 def lower(model: ir.Model, *, decoder: bool) -> Lowered:
@@ -55,8 +57,27 @@ def lower(model: ir.Model, *, decoder: bool) -> Lowered:
     cache = share_cache(model) if decoder and layers else CacheResult("growing", reason="no cache")
     notes["tidy"] = tidy.tidy(model)
     notes["function_bodies"] = attach_bodies(model)
+    clean_metadata(model)
     counts = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.all_nodes())
     return Lowered(model, cache, unfused_attention(model), dict(sorted(counts.items())), notes)
+
+
+def clean_metadata(model: ir.Model) -> None:
+    """Keep of the exporter's metadata the module path of each node; stack traces name files of the compiling machine."""
+    model.metadata_props.clear()
+    model.producer_name, model.producer_version = "qcompiler", version()
+    for graph in model.graphs():
+        graph.metadata_props.clear()
+        for value in [*graph.inputs, *graph.initializers.values()]:
+            value.metadata_props.clear()
+        for node in graph:
+            scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+            node.metadata_props.clear()
+            path = ast.literal_eval(scopes)[:-1] if scopes else []
+            if path and path[-1]:
+                node.metadata_props[MODULE] = path[-1]
+            for value in node.outputs:
+                value.metadata_props.clear()
 
 
 def unfused_attention(model: ir.Model) -> list[dict[str, str]]:
@@ -76,6 +97,3 @@ def _reaches_matmul(node: ir.Node, depth: int = 4) -> bool:
         if depth and user.op_type in ("Where", "Cast", "Mul", "IsNaN", "Reshape", "Add", "Dropout") and _reaches_matmul(user, depth - 1):
             return True
     return False
-
-
-__all__ = ["Lowered", "lower", "unfused_attention"]

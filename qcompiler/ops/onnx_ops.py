@@ -6,7 +6,9 @@ the unmodified exporter of transformers, emit a node of our domain.
 
 from __future__ import annotations
 
+import builtins
 import functools
+import linecache
 
 import onnx
 import onnx_ir as ir
@@ -36,14 +38,19 @@ def _schema(spec: OpSpec) -> onnx.defs.OpSchema:
 
 
 def _translation(spec: OpSpec):
-    """The function that torch.onnx calls for `qcompiler::<name>`; onnxscript reads its signature, so it is written out."""
+    """The function that torch.onnx calls for `qcompiler::<name>`.
+
+    onnxscript reads its signature and its source, so it is written out, and kept where `inspect` finds it.
+    """
     domain = onnxscript.values.Opset(DOMAIN, OPSET)
     required = [i.name for i in spec.inputs if not i.optional]
     optional = [i.name for i in spec.inputs if i.optional]
     arguments = ", ".join([*required, *(f"{name}=None" for name in optional), *(f"{name}: int = 0" for name in spec.attributes)])
     call = ", ".join([*required, *optional, *(f"{name}={name}" for name in spec.attributes)])
-    scope: dict = {"emit": getattr(domain, spec.onnx_name)}
-    exec(f"def {spec.name}({arguments}):\n    return emit({call})", scope)  # noqa: S102  names come from our own declarations
+    scope: dict = {"emit": getattr(domain, spec.onnx_name), "__name__": __name__}
+    source, filename = f"def {spec.name}({arguments}):\n    return emit({call})\n", f"<qcompiler op {spec.name}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    exec(builtins.compile(source, filename, "exec"), scope)  # noqa: S102  names come from our own declarations
     return scope[spec.name]
 
 
