@@ -21,6 +21,9 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from qcompiler.lower.constants import constant
+from qcompiler.lower.edit import is_attention, sweep
+
 PAST_LENGTH = "past_length"
 CAPACITY = "capacity"
 _LENGTH_AXIS = 2
@@ -68,8 +71,8 @@ def cache_layers(model: ir.Model) -> list[CacheLayer]:
     outputs = {value.name for value in model.graph.outputs}
     layers = []
     for name in inputs:
-        match = _CACHE_INPUT.match(name or "")
-        if match is None or not name.startswith("input."):
+        match = _CACHE_INPUT.match(name) if name is not None else None
+        if name is None or match is None or not name.startswith("input."):
             continue
         value = re.sub(r"key(s?)$", r"value\1", name)
         present_key, present_value = (n.replace("input.", "output.", 1) for n in (name, value))
@@ -121,7 +124,7 @@ def _length_reads(model: ir.Model, layers: Sequence[CacheLayer]) -> list[_Read]:
             if past.shape is None or len(past.shape) != 4 or isinstance(past.shape[_LENGTH_AXIS], int):
                 raise _Refused(f"{name} has the shape {past.shape}; expected [1, heads, length, dim], length free")
             for node, index in past.uses():
-                if _is_attention(node) and index == slot:
+                if is_attention(node) and index == slot:
                     attentions.append(node)
                 elif node.op_type == "Shape" and node.domain == "":
                     reads.extend(_reads_of_shape(node, name))
@@ -134,10 +137,6 @@ def _length_reads(model: ir.Model, layers: Sequence[CacheLayer]) -> list[_Read]:
             )
         _check_presents(attentions[0], layer)
     return reads
-
-
-def _is_attention(node: ir.Node) -> bool:
-    return node.op_type == "GroupQueryAttention" and node.domain == "com.microsoft"
 
 
 def _describe(node: ir.Node) -> str:
@@ -182,9 +181,8 @@ def _picked_axes(node: ir.Node, start: int, end: int) -> tuple[list[int], bool] 
     """`(axes, scalar)` that a `Gather` or `Slice` with constant indices takes from `Shape[start:end]`, else None."""
     if node.domain != "" or node.op_type not in ("Gather", "Slice"):
         return None
-    numbers = [value.const_value.numpy() if value is not None and value.const_value is not None else None
-               for value in node.inputs[1:]]
-    if any(number is None for number in numbers):
+    numbers = [array for value in node.inputs[1:] if (array := constant(value)) is not None]
+    if len(numbers) != len(node.inputs) - 1:
         return None
     axes = list(range(start, end))
     if node.op_type == "Gather":
@@ -197,7 +195,7 @@ def _picked_axes(node: ir.Node, start: int, end: int) -> tuple[list[int], bool] 
 def _replace_reads(graph: ir.Graph, reads: Sequence[_Read], past_length: ir.Value) -> None:
     """Put `past_length` (squeezed, once, for scalars) in the place of every read; a `Squeeze` of a read is a scalar."""
     scalar: ir.Value | None = None
-    dead: list[ir.Node] = []
+    dead: list[ir.Node | None] = []
 
     def as_scalar() -> ir.Value:
         nonlocal scalar
@@ -216,25 +214,15 @@ def _replace_reads(graph: ir.Graph, reads: Sequence[_Read], past_length: ir.Valu
                     dead.append(node)
         read.value.replace_all_uses_with(as_scalar() if read.scalar else past_length)
         dead.append(read.value.producer())
-    for node in dead:
-        _remove_unused(graph, node)
-
-
-def _remove_unused(graph: ir.Graph, node: ir.Node | None) -> None:
-    """Remove `node` and then what only it read, as long as nothing uses them."""
-    if node is None or node.graph is None or any(o.uses() or o.is_graph_output() for o in node.outputs):
-        return
-    feeders = [value.producer() for value in node.inputs if value is not None]
-    graph.remove(node, safe=True)
-    for feeder in feeders:
-        _remove_unused(graph, feeder)
+    for reader in dead:
+        sweep(graph, reader)
 
 
 def _declare_capacity(graph: ir.Graph, layers: Sequence[CacheLayer]) -> None:
     names = {name for layer in layers
              for name in (layer.past_key, layer.past_value, layer.present_key, layer.present_value)}
     for value in (*graph.inputs, *graph.outputs):
-        if value.name in names:
+        if value.name in names and value.shape is not None:
             dims = list(value.shape)
             dims[_LENGTH_AXIS] = ir.SymbolicDim(CAPACITY)
             value.shape = ir.Shape(dims)
