@@ -13,6 +13,9 @@ from qcompiler.lower.constants import constant
 from qcompiler.lower.length_forms import UNKNOWN_DIM, Field, Items, Known, Mask, Unknown, reshaped
 from qcompiler.lower.length_rules import RULES
 
+# Each row of the last axis is normalised by itself.
+ROW_NORMS = ("SimplifiedLayerNormalization", "RMSNormalization", "LayerNormalization")
+
 
 class Knowledge:
     """What is known about the values of one graph: `values`, and the `shape` of every tensor.
@@ -126,16 +129,23 @@ class Knowledge:
         return all(x == ONE or x == y for x, y in zip(reversed(shape), reversed(dims), strict=False))
 
     def _result_shape(self, node: ir.Node) -> tuple[Affine, ...] | None:
-        """The shape of what a `Reshape` or an attention gives; other nodes' are those declared."""
+        """The shape of what a node gives, for those that the exporter's fusions leave undeclared."""
         if node.op_type == "GroupQueryAttention":
             query, past = self.shape(node.inputs[0]), node.inputs[3]
             heads = node.attributes.get_int("num_heads")
             if query is None or past is None or past.shape is None or not isinstance(past.shape[3], int):
                 return None
             return (*query[:-1], Affine(heads * past.shape[3]))
-        if node.op_type != "Reshape" or node.domain != "":
+        if node.domain != "" or not node.inputs:
             return None
-        source, target = self.shape(node.inputs[0]), constant(node.inputs[1])
+        source = self.shape(node.inputs[0])
+        if node.op_type in ROW_NORMS:
+            return source
+        if node.op_type == "Transpose" and source is not None:
+            return tuple(source[at] for at in node.attributes.get_ints("perm", range(len(source))[::-1]))
+        if node.op_type != "Reshape":
+            return None
+        target = constant(node.inputs[1])
         if source is None or target is None:
             return None
         return reshaped(source, [int(n) for n in target], node.attributes.get_int("allowzero", 0) == 1)

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from qcompiler.lower.constants import constant
 from qcompiler.lower.edit import MICROSOFT, is_attention, is_op, operand, producer, replace, sweep
 from qcompiler.lower.length_forms import Field, Items, allows_all_causal, is_never
-from qcompiler.lower.lengths import Knowledge
+from qcompiler.lower.lengths import ROW_NORMS, Knowledge
 
 
 def tidy(model: ir.Model) -> dict[str, int]:
@@ -118,7 +118,7 @@ def drop_transposes(graph: ir.Graph) -> int:
     """`Transpose → norm over the last axis → Transpose back`  →  `norm`: rows are normalised alike in any order."""
     count = 0
     for node in list(graph):
-        norm = producer(node.inputs[0], *_ROW_NORMS) if is_op(node, "Transpose") and node.graph is not None else None
+        norm = producer(node.inputs[0], *ROW_NORMS) if is_op(node, "Transpose") and node.graph is not None else None
         first = producer(norm.inputs[0], "Transpose") if norm is not None else None
         if norm is None or first is None or any(output.uses() for output in norm.outputs[1:]):
             continue
@@ -166,7 +166,6 @@ _REWRITES: tuple[Callable[[ir.Graph], int], ...] = (
     drop_reshapes,
     fuse_silu,
 )
-_ROW_NORMS = ("SimplifiedLayerNormalization", "RMSNormalization", "LayerNormalization")
 
 
 def _drop_unread_constants(graph: ir.Graph) -> None:
