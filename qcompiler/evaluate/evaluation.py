@@ -55,8 +55,8 @@ def evaluate(
         tokenizer: a tokenizer, or a directory with one, where neither `target` nor `against` brings its own.
 
     Returns:
-        A dict for JSON. Always: `schema`, `kind`, `target`, `text` (its description), `context`, `stride`, `windows`,
-        `tokens` (how many were scored).
+        A dict for JSON. Always: `schema`, `kind`, `target` (a label, never a path), `text` (its description),
+        `context`, `stride`, `windows`, `tokens` (how many were scored).
 
         `kind` `language-model`: `perplexity`, `perplexity_se`; with `against` also `against`, `against_perplexity`,
         `against_perplexity_se`, `ratio` (perplexity / against's) and `ratio_se` (of the paired difference), `kld_mean`,
@@ -90,7 +90,7 @@ def evaluate(
         return {
             "schema": SCHEMA,
             "kind": "language-model",
-            "target": models[0].name,
+            "target": models[0].label,
             "text": source.description,
             "context": length,
             "stride": length if stride is None else stride,
@@ -161,7 +161,7 @@ class _Scores:
             # Paired, token by token: the text's own difficulty cancels, and the error bar with it.
             ratio, ratio_se = self._difference.exp()
             found |= {
-                "against": self._models[1].name,
+                "against": self._models[1].label,
                 "against_perplexity": against,
                 "against_perplexity_se": against_se,
                 "ratio": ratio,
@@ -213,7 +213,7 @@ class _Outputs:
     def result(self) -> dict[str, Any]:
         return {
             "kind": "outputs",
-            "against": self._models[1].name,
+            "against": self._models[1].label,
             "tokens": self._tokens,
             "outputs": {name: error.result() for name, error in self._errors.items()},
         }

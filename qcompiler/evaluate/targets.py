@@ -28,12 +28,13 @@ class Target:
     """Something to evaluate.
 
     Attributes:
-        name: for messages and records.
+        name: for messages: the path where there is one.
         run: int64 `[length]` in; outputs by name without the batch axis, float arrays, out.
         causal: whether `run` gives `logits` `[length, vocabulary]` that predict the next token; None where only the
             shape of what comes out can tell.
         tokens: its tokenizer, or None.
         context: what is known of its context.
+        label: for records, which name no path of this machine: the model, and the recipe that it was compiled with.
     """
 
     name: str
@@ -41,6 +42,10 @@ class Target:
     causal: bool | None = None
     tokens: Tokens | None = None
     context: Context = Context()
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        self.label = self.label or self.name
 
 
 def open_target(source: Any, threads: int | None = None) -> Target:
@@ -85,8 +90,11 @@ def _of_session(session: Any) -> Target:
     context = Context(Context.of_config(config).trained, artifact.context or Context.of_config(config).positions)
     has_tokenizer = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     tokens = load_tokens(directory) if has_tokenizer else None
+    model = artifact.manifest.get("model")
+    source = model.get("source") if isinstance(model, Mapping) else None
+    label = f"{source or directory.name} ({artifact.manifest.get('recipe') or artifact.target})"
     if artifact.kind == "decoder":
-        return Target(str(directory), lambda ids: {LOGITS: session.logits(ids)}, True, tokens, context)
+        return Target(str(directory), lambda ids: {LOGITS: session.logits(ids)}, True, tokens, context, label)
     info = artifact.input("tokens")
     if info is None:
         raise UnsupportedError(f"{directory} takes no tokens, so it cannot be evaluated on a text")
@@ -94,16 +102,16 @@ def _of_session(session: Any) -> Target:
     def run(ids: np.ndarray) -> dict[str, np.ndarray]:
         return {name: _array(value) for name, value in session.run(**{info.name: ids[None]}).items()}
 
-    return Target(str(directory), run, False, tokens, context)
+    return Target(str(directory), run, False, tokens, context, label)
 
 
 def _of_checkpoint(source: str) -> Target:
     from qcompiler.capture.checkpoint import load
-    from qcompiler.data import reference_model
 
-    target = _of_module(load(source).model)
-    target.name = source
-    target.tokens = load_tokens(reference_model() if source == "reference" else source)
+    loaded = load(source)
+    target = _of_module(loaded.model)
+    target.name, target.label = source, loaded.source_description
+    target.tokens = load_tokens(loaded.directory) if loaded.tokenizer_files else None
     return target
 
 
