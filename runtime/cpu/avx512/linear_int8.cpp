@@ -9,8 +9,8 @@ namespace {
 
 template <int Bits, bool Asymmetric, int R>
 void tile_int8(const LinearJob& job, int64_t tile, int64_t block) {
-  // vpdpbusd has a latency of 4: one row alone needs more than one chain.
-  constexpr int kChains = R == 1 ? 2 : 1;
+  // vpdpbusd has a latency of 4 and a throughput of 1: few rows need several chains each.
+  constexpr int kChains = R == 1 ? 4 : R <= 3 ? 2 : 1;
   const Matrix& w = job.weight;
   const TileCodes<Bits> codes(w, tile);
   const int32_t* x = reinterpret_cast<const int32_t*>(static_cast<const uint8_t*>(job.x) + block * job.x_block_bytes);
@@ -28,7 +28,7 @@ void tile_int8(const LinearJob& job, int64_t tile, int64_t block) {
     __m512i dot[R][kChains];
     for (int m = 0; m < R; ++m) {
       dot[m][0] = Asymmetric ? _mm512_setzero_si512() : _mm512_set1_epi32(sums[m]);
-      if (kChains > 1) dot[m][kChains - 1] = _mm512_setzero_si512();
+      for (int c = 1; c < kChains; ++c) dot[m][c] = _mm512_setzero_si512();
     }
     const int64_t end = chunk + per_segment < chunks ? chunk + per_segment : chunks;
     for (; chunk < end; ++chunk, x += 8 * R) {
@@ -44,7 +44,8 @@ void tile_int8(const LinearJob& job, int64_t tile, int64_t block) {
     const __m512i zero = Asymmetric ? load_zeros<Bits>(zeros) : _mm512_setzero_si512();
     for (int m = 0; m < R; ++m) {
       __m512i d = dot[m][0];
-      if (kChains > 1) d = _mm512_add_epi32(d, dot[m][kChains - 1]);
+      if (kChains > 1) d = _mm512_add_epi32(d, dot[m][1]);
+      if (kChains > 2) d = _mm512_add_epi32(d, _mm512_add_epi32(dot[m][2 % kChains], dot[m][3 % kChains]));
       if (Asymmetric) d = _mm512_sub_epi32(d, _mm512_mullo_epi32(zero, _mm512_set1_epi32(sums[m])));
       acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(d), _mm512_mul_ps(scale, _mm512_set1_ps(sa[m])), acc[m]);
     }

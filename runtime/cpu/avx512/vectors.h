@@ -12,6 +12,14 @@
 namespace qc {
 namespace {
 
+// One load, kept in a register: given the chance, the compiler loads a vector again for every shift of it, and a core has
+// fewer loads than shifts to spare.
+QC_INLINE __m512i load_codes(const uint8_t* p) {
+  __m512i v = _mm512_loadu_si512(p);
+  __asm__("" : "+v"(v));
+  return v;
+}
+
 // Calls use(j, v) for j = 0 .. 7 in this order, where v holds the codes of columns 4j .. 4j+3 of the chunk at p: dword =
 // row, byte = column. Of fewer than 8 bits only the low `Bits` of each byte count, the others are whatever lay beside
 // them; 8-bit codes come biased by 128.
@@ -19,16 +27,16 @@ template <int Bits, class Use>
 QC_INLINE void each_vector(const uint8_t* p, Use&& use) {
   if constexpr (Bits == 8) {
     const __m512i flip = _mm512_set1_epi8(char(0x80));
-    for (int j = 0; j < 8; ++j) use(j, _mm512_xor_si512(_mm512_loadu_si512(p + 64 * j), flip));
+    for (int j = 0; j < 8; ++j) use(j, _mm512_xor_si512(load_codes(p + 64 * j), flip));
   } else if constexpr (Bits == 4) {
     for (int u = 0; u < 4; ++u) {
-      const __m512i v = _mm512_loadu_si512(p + 64 * u);
+      const __m512i v = load_codes(p + 64 * u);
       use(2 * u, v);
       use(2 * u + 1, _mm512_srli_epi16(v, 4));
     }
   } else if constexpr (Bits == 2) {
     for (int u = 0; u < 2; ++u) {
-      const __m512i v = _mm512_loadu_si512(p + 64 * u);
+      const __m512i v = load_codes(p + 64 * u);
       use(4 * u, v);
       use(4 * u + 1, _mm512_srli_epi16(v, 2));
       use(4 * u + 2, _mm512_srli_epi16(v, 4));
@@ -36,7 +44,7 @@ QC_INLINE void each_vector(const uint8_t* p, Use&& use) {
     }
   } else {
     static_assert(Bits == 3);
-    const __m512i b0 = _mm512_loadu_si512(p), b1 = _mm512_loadu_si512(p + 64), b2 = _mm512_loadu_si512(p + 128);
+    const __m512i b0 = load_codes(p), b1 = load_codes(p + 64), b2 = load_codes(p + 128);
     // The fourth index vector from the top two bits of each: what a shift brings in from the neighbouring byte lands in
     // bits that are selected away or do not count.
     constexpr int kSelect = 0xca;  // a ? b : c
