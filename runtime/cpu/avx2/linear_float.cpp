@@ -37,7 +37,8 @@ QC_INLINE void half(const LinearJob& job, const TileCodes<Bits>& codes, int64_t 
     }
     const int64_t end = chunk + per_group < chunks ? chunk + per_group : chunks;
     for (; chunk < end; ++chunk, x += 32 * R) {
-      each_vector<Bits>(codes.chunk(chunk) + 32 * h, [&](int j, __m256i low) QC_LAMBDA_INLINE {
+      each_vector<Bits, 1>(codes.chunk(chunk) + 32 * h, [&](int j, const Halves<1>& v) QC_LAMBDA_INLINE {
+        __m256i low = v.v[0];
         if (Bits == 8) low = _mm256_xor_si256(low, _mm256_set1_epi8(char(0x80)));
         const __m256i high = _mm256_srli_epi32(low, 16);
         for (int i = 0; i < 4; ++i) {

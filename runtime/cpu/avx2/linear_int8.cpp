@@ -12,7 +12,7 @@ namespace {
 static_assert(8 * 2 * largest_level(4, true) * 127 <= INT16_MAX, "a chunk of 4-bit codes stays in int16");
 static_assert(2 * 128 * 127 <= INT16_MAX, "a pair of 8-bit codes stays in int16");
 
-// sum[h][m] += codes of one chunk times the activations of R rows, for halves H0 .. H0 + H - 1 of the tile.
+// sum[h][m] += codes of one chunk times the activations of R rows, for one or both halves of the tile.
 template <int Bits, int R, int H>
 QC_INLINE void add_chunk(const uint8_t* codes, const int32_t* x, __m256i (&sum)[H][R]) {
   const __m256i ones = _mm256_set1_epi16(1), mask = _mm256_set1_epi8(char((1 << Bits) - 1));
@@ -20,20 +20,20 @@ QC_INLINE void add_chunk(const uint8_t* codes, const int32_t* x, __m256i (&sum)[
   for (int h = 0; h < H; ++h) {
     for (int m = 0; m < R; ++m) pairs[h][m] = _mm256_setzero_si256();
   }
-  for (int h = 0; h < H; ++h) {
-    each_vector<Bits>(codes + 32 * h, [&](int j, __m256i v) QC_LAMBDA_INLINE {
-      const __m256i magnitude = Bits == 8 ? _mm256_abs_epi8(v) : _mm256_and_si256(v, mask);
-      for (int m = 0; m < R; ++m) {
-        const __m256i a = _mm256_set1_epi32(x[j * R + m]);
+  each_vector<Bits, H>(codes, [&](int j, const Halves<H>& v) QC_LAMBDA_INLINE {
+    for (int m = 0; m < R; ++m) {
+      const __m256i a = _mm256_set1_epi32(x[j * R + m]);
+      for (int h = 0; h < H; ++h) {
         if (Bits == 8) {
-          const __m256i pair = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(a, v));
+          const __m256i pair = _mm256_maddubs_epi16(_mm256_abs_epi8(v.v[h]), _mm256_sign_epi8(a, v.v[h]));
           sum[h][m] = _mm256_add_epi32(sum[h][m], _mm256_madd_epi16(pair, ones));
         } else {
-          pairs[h][m] = _mm256_add_epi16(pairs[h][m], _mm256_maddubs_epi16(magnitude, a));
+          const __m256i pair = _mm256_maddubs_epi16(_mm256_and_si256(v.v[h], mask), a);
+          pairs[h][m] = _mm256_add_epi16(pairs[h][m], pair);
         }
       }
-    });
-  }
+    }
+  });
   if (Bits < 8) {
     for (int h = 0; h < H; ++h) {
       for (int m = 0; m < R; ++m) sum[h][m] = _mm256_add_epi32(sum[h][m], _mm256_madd_epi16(pairs[h][m], ones));

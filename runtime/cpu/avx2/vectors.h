@@ -15,45 +15,72 @@ namespace {
 
 constexpr int kHalfRows = 8;
 
-QC_INLINE __m256i load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+// The same vector of one or both halves of a tile.
+template <int H>
+struct Halves {
+  __m256i v[H];
+
+  // Half h lies at p + 32h. Kept in registers: given the chance, the compiler loads a vector again for every shift of it.
+  static QC_INLINE Halves load(const uint8_t* p) {
+    Halves out;
+    for (int h = 0; h < H; ++h) {
+      out.v[h] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32 * h));
+      __asm__("" : "+x"(out.v[h]));
+    }
+    return out;
+  }
+  QC_INLINE Halves shifted(int count) const {
+    Halves out;
+    for (int h = 0; h < H; ++h) out.v[h] = _mm256_srli_epi16(v[h], count);
+    return out;
+  }
+  QC_INLINE Halves masked(int byte) const {
+    Halves out;
+    for (int h = 0; h < H; ++h) out.v[h] = _mm256_and_si256(v[h], _mm256_set1_epi8(char(byte)));
+    return out;
+  }
+  QC_INLINE Halves operator|(const Halves& other) const {
+    Halves out;
+    for (int h = 0; h < H; ++h) out.v[h] = _mm256_or_si256(v[h], other.v[h]);
+    return out;
+  }
+};
 
 // Calls use(j, v) for j = 0 .. 7 in this order, where v holds the codes of columns 4j .. 4j+3 of the chunk, for the half
-// of the tile at p: dword = row, byte = column. Of fewer than 8 bits only the low `Bits` of each byte count, the others
-// are whatever lay beside them; 8-bit codes are signed.
-template <int Bits, class Use>
+// of the tile at p (or both): dword = row, byte = column. Of fewer than 8 bits only the low `Bits` of each byte count,
+// the others are whatever lay beside them; 8-bit codes are signed.
+template <int Bits, int H, class Use>
 QC_INLINE void each_vector(const uint8_t* p, Use&& use) {
+  using V = Halves<H>;
   if constexpr (Bits == 8) {
-    for (int j = 0; j < 8; ++j) use(j, load_bytes(p + 64 * j));
+    for (int j = 0; j < 8; ++j) use(j, V::load(p + 64 * j));
   } else if constexpr (Bits == 4) {
     for (int u = 0; u < 4; ++u) {
-      const __m256i v = load_bytes(p + 64 * u);
+      const V v = V::load(p + 64 * u);
       use(2 * u, v);
-      use(2 * u + 1, _mm256_srli_epi16(v, 4));
+      use(2 * u + 1, v.shifted(4));
     }
   } else if constexpr (Bits == 2) {
     for (int u = 0; u < 2; ++u) {
-      const __m256i v = load_bytes(p + 64 * u);
+      const V v = V::load(p + 64 * u);
       use(4 * u, v);
-      use(4 * u + 1, _mm256_srli_epi16(v, 2));
-      use(4 * u + 2, _mm256_srli_epi16(v, 4));
-      use(4 * u + 3, _mm256_srli_epi16(v, 6));
+      use(4 * u + 1, v.shifted(2));
+      use(4 * u + 2, v.shifted(4));
+      use(4 * u + 3, v.shifted(6));
     }
   } else {
     static_assert(Bits == 3);
-    const __m256i b0 = load_bytes(p), b1 = load_bytes(p + 64), b2 = load_bytes(p + 128);
-    // The fourth index vector from the top two bits of each.
-    const __m256i t0 = _mm256_and_si256(_mm256_srli_epi16(b0, 2), _mm256_set1_epi8(0x30));
-    const __m256i t1 = _mm256_and_si256(_mm256_srli_epi16(b1, 4), _mm256_set1_epi8(0x0c));
-    const __m256i t2 = _mm256_and_si256(_mm256_srli_epi16(b2, 6), _mm256_set1_epi8(0x03));
-    const __m256i b3 = _mm256_or_si256(t0, _mm256_or_si256(t1, t2));
+    const V b0 = V::load(p), b1 = V::load(p + 64), b2 = V::load(p + 128);
     use(0, b0);
-    use(1, _mm256_srli_epi16(b0, 3));
+    use(1, b0.shifted(3));
     use(2, b1);
-    use(3, _mm256_srli_epi16(b1, 3));
+    use(3, b1.shifted(3));
     use(4, b2);
-    use(5, _mm256_srli_epi16(b2, 3));
+    use(5, b2.shifted(3));
+    // The fourth index vector from the top two bits of each.
+    const V b3 = b0.shifted(2).masked(0x30) | b1.shifted(4).masked(0x0c) | b2.shifted(6).masked(0x03);
     use(6, b3);
-    use(7, _mm256_srli_epi16(b3, 3));
+    use(7, b3.shifted(3));
   }
 }
 
