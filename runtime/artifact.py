@@ -22,11 +22,7 @@ MANIFEST = "manifest.json"
 _MANIFEST_LIMIT = 100 * 2**20
 TARGETS = ("onnx", "onnx-stock", "torch")
 KINDS = ("decoder", "encoder", "module")
-ROLES = (
-    "tokens", "positions", "mask", "token_types", "past_length", "logits_to_keep", "past_key", "past_value", "other",
-)  # fmt: skip
-
-# What the exporters call an input says what it is; a manifest may leave the role out for these.
+# What the exporters call a tensor says what it is; a manifest may leave the role out for these.
 _ROLE_OF_NAME = {
     "input_ids": "tokens",
     "position_ids": "positions",
@@ -34,12 +30,18 @@ _ROLE_OF_NAME = {
     "token_type_ids": "token_types",
     "past_length": "past_length",
     "logits_to_keep": "logits_to_keep",
+    "logits": "logits",
 }
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One input or output of the graph. `shape` holds numbers and, for free axes, names. `role` is one of `ROLES`."""
+    """One input or output of the graph.
+
+    `shape` holds numbers and, for free axes, names. `role` says what an input is for: `tokens`, `positions`, `mask`,
+    `token_types`, `past_length`, `logits_to_keep`, `past_key`, `past_value` or `other`; what an output is: `logits`,
+    `hidden`, `pooled`, `present_key`, `present_value` or `other`.
+    """
 
     name: str
     dtype: str
@@ -285,7 +287,8 @@ class _Reader:
         for index, item in enumerate(self.sequence(self.manifest.get(key), key)):
             at = f"{key}[{index}]"
             name = self.text(self.table(item, at).get("name"), f"{at}.name")
-            role = self.choice(item.get("role", roles.get(name, "other")), f"{at}.role", ROLES)
+            role = self.text(item.get("role", "other"), f"{at}.role")
+            role = roles.get(name, "other") if role == "other" else role
             shape = tuple(self.sequence(item.get("shape"), f"{at}.shape"))
             if not all(isinstance(dim, (int, str)) for dim in shape):
                 self.fail(f"{at}.shape", shape, "numbers and names")

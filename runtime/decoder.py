@@ -12,6 +12,7 @@ from qcompiler.runtime.artifact import Artifact, TensorInfo
 from qcompiler.runtime.cache import Cache, make_cache
 
 _CACHE_ROLES = ("past_key", "past_value")
+_FED = ("tokens", "positions", "mask", "token_types", "past_length", "logits_to_keep")
 
 
 class Decoder(Protocol):
@@ -43,15 +44,13 @@ class OnnxDecoder:
         self._session = session
         self._inputs = [info for info in artifact.inputs if info.role not in _CACHE_ROLES]
         for info in self._inputs:
-            if info.role == "other":
+            if info.role not in _FED:
                 raise UnsupportedError(
                     f"{artifact.path}: nothing is known to feed to the input {info.name!r} {list(info.shape)}"
                 )
-        presents = {name for layer in artifact.cache.layers for name in (layer.present_key, layer.present_value)}
-        logits = [info for info in artifact.outputs if info.name not in presents]
-        logits = [info for info in logits if info.name == "logits"] or logits
+        logits = [info for info in artifact.outputs if info.role == "logits"]
         if not logits or not isinstance(logits[0].shape[-1], int):
-            raise InputError(f"{artifact.path}: no output of a decoder with a fixed last axis for its logits")
+            raise InputError(f"{artifact.path}: no output with the role `logits` and a fixed last axis")
         self._logits = logits[0]
         self.vocabulary = int(logits[0].shape[-1])
         self.cache: Cache = make_cache(artifact, capacity)

@@ -19,6 +19,7 @@ from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 from transformers.exporters.utils import decompose_for_generation
 
 from qcompiler.artifact.manifest import seal
+from qcompiler.lower.last_logits import keep_last_logits
 from qcompiler.lower.share_cache import CacheResult, cache_layers, share_cache
 from qcompiler.lower.tidy import tidy
 
@@ -53,6 +54,8 @@ def reference_artifact(kind: str = "shared") -> Path:
     model = ir.load(reference_export())
     result = share_cache(model) if kind == "shared" else CacheResult("growing")
     tidy(model)
+    if kind == "shared":
+        assert keep_last_logits(model).changed
     return write_decoder(scratch() / kind, model, result, reference_model().config, REFERENCE)
 
 
