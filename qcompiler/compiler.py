@@ -274,24 +274,45 @@ def _cache(lowered: Any, inputs: list[Any], outputs: list[Any]) -> dict[str, Any
 
 
 def _emit_torch(writer: ArtifactWriter, prepared: Prepared, quantizer: Quantizer, target: Target, reporter: Reporter) -> dict[str, Any]:
-    import torch
-
+    from qcompiler.lower import torch as lower
     from qcompiler.lower.external import Placed, Saved
     from qcompiler.pipeline.accounting import layers_file, planned_totals
 
+    inputs, outputs = lower.ports(prepared)
     program = prepared.export_torch(quantizer)
+    reporter.stage("lower")
+    flat = lower.flatten(program, prepared)
     reporter.stage("write")
     path = writer.path(TORCH_FILE)
-    torch.export.save(program, path)
-    tensors = {name: t for name, t in program.state_dict.items()}
-    placed = tuple(Placed(name, 0, t.numel() * t.element_size()) for name, t in tensors.items())
-    weights = sum(t.bytes for t in placed)
+    weights = lower.save(flat, path)
     # the container's own bytes stand under `graph`
-    saved = Saved(placed, path.stat().st_size - weights, weights)
+    saved = Saved((Placed(TORCH_FILE, 0, weights),), path.stat().st_size - weights, weights)
     return {
         "layers": layers_file(quantizer, saved, planned_totals(quantizer)),
-        "manifest": {"entry": TORCH_FILE, "inputs": [], "outputs": [], "cache": None, "unfused": []},
+        "manifest": {
+            "entry": TORCH_FILE,
+            "inputs": [_port(p) for p in inputs],
+            "outputs": [{"name": _output_name(p), "dtype": p.dtype, "shape": list(p.shape)} for p in outputs],
+            "cache": _torch_cache(inputs),
+            "unfused": [],
+        },
     }
+
+
+def _output_name(port: Any) -> str:
+    """A cache's tensor goes out under another name than it came in."""
+    return f"output.{port.name}" if port.role.startswith("present") else port.name
+
+
+def _torch_cache(inputs: list[Any]) -> dict[str, Any] | None:
+    keys = [p for p in inputs if p.role == "past_key"]
+    values = [p for p in inputs if p.role == "past_value"]
+    layers = [
+        {"past_key": k.name, "past_value": v.name, "present_key": f"output.{k.name}", "present_value": f"output.{v.name}",
+         "heads": k.shape[1], "head_dim": k.shape[-1], "dtype": k.dtype}
+        for k, v in zip(keys, values)
+    ]  # fmt: skip
+    return {"kind": "growing", "past_length": None, "reason": "torch concatenates", "layers": layers} if layers else None
 
 
 def _write_records(writer: ArtifactWriter, quantizer: Quantizer, layers: dict[str, Any], loaded: Loaded | None) -> None:

@@ -14,6 +14,7 @@ from qcompiler.runtime import library
 from qcompiler.runtime.artifact import Artifact, open_artifact
 from qcompiler.runtime.decoder import Decoder, OnnxDecoder
 from qcompiler.runtime.options import check_onnxruntime, plain_options, session_options
+from qcompiler.runtime.torch_program import TorchDecoder, TorchProgram
 
 __all__ = ["Session", "check_onnxruntime", "session_options"]
 
@@ -58,8 +59,12 @@ class Session:
             raise CapacityError(f"capacity is {capacity}, but the model's context is {context} positions")
         self.onnx: onnxruntime.InferenceSession | None = None
         self._decoder: Decoder | None = None
+        self._program: TorchProgram | None = None
         if self.artifact.target == "torch":
-            raise UnsupportedError(f"{self.artifact.path} was compiled for torch, not for ONNX Runtime")
+            self._program = TorchProgram(self.artifact, threads)
+            if self.artifact.kind == "decoder":
+                self._decoder = TorchDecoder(self._program)
+            return
         self.onnx = _open(self.artifact, threads, portable, providers)
         if self.artifact.kind == "decoder":
             self._decoder = OnnxDecoder(self.onnx, self.artifact, capacity)
@@ -159,6 +164,8 @@ class Session:
                 given[name] = np.full(tokens.shape, int(info.role == "mask"), info.dtype)
         for name, array in given.items():
             _check_shape(name, array, infos[name].shape)
+        if self._program is not None:
+            return {name: value.numpy() for name, value in self._program.run(given).items()}
         assert self.onnx is not None
         names = [info.name for info in self.artifact.outputs]
         return dict(zip(names, self.onnx.run(names, given), strict=True))
