@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,7 +150,7 @@ class Generation(Iterator[Token]):
         """Stop; the session can be used for something else."""
         self._tokens.close()
 
-    def _run(self) -> Iterator[Token]:
+    def _run(self) -> Generator[Token, None, None]:
         stats = self.stats
         try:
             start = time.perf_counter()
