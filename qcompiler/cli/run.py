@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcompiler.cli.options import not_negative, positive
-from qcompiler.errors import InputError, UsageError
+from qcompiler.errors import GateError, InputError, UsageError
 
 if TYPE_CHECKING:
+    from qcompiler.runtime.artifact import Artifact
     from qcompiler.runtime.generate import Stats
     from qcompiler.runtime.session import Session
 
@@ -24,6 +25,9 @@ HELP = "run an artifact on a prompt"
 
 # Without --max-tokens: a page of text, and less where the context ends sooner.
 DEFAULT_TOKENS = 256
+
+# Files up to this size are checked at every start (tens of milliseconds); larger ones with --verify.
+CHECKED_BYTES = 64 * 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--chat", action="store_true", help="apply the checkpoint's chat template to the prompt")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads inside an operator")
+    parser.add_argument("--verify", action="store_true", help="check every file first, however large")
     parser.add_argument("--portable", action="store_true", help="run without the op library: same results, slowly")
 
 
@@ -46,6 +51,7 @@ def execute(options: argparse.Namespace) -> int:
 
     artifact = open_artifact(options.directory)
     options.prompt = _prompt(options.prompt)
+    _check(artifact, options.verify)
     session = Session(artifact, threads=options.threads, portable=options.portable)
     if artifact.kind == "decoder":
         _generate(session, options)
@@ -57,6 +63,19 @@ def execute(options: argparse.Namespace) -> int:
             f"{artifact.path} takes arrays, not text ({inputs}); call it from Python: qcompiler.Session(…).run(…)"
         )
     return 0
+
+
+def _check(artifact: Artifact, everything: bool) -> None:
+    """Compare files with their hashes, so that a damaged artifact says so instead of saying nonsense."""
+    from qcompiler.artifact.files import digest
+    from qcompiler.cli.verify import verify
+
+    if everything:
+        verify(artifact.path)
+        return
+    for name, info in artifact.files.items():
+        if info.bytes <= CHECKED_BYTES and digest(artifact.path / name)["sha256"] != info.sha256.lower():
+            raise GateError(f"{artifact.path / name} is damaged: its SHA-256 differs from the manifest's")
 
 
 def _prompt(given: str | None) -> str:

@@ -5,28 +5,40 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qcompiler.report.tables import Column, Document, Table
+from qcompiler.report.tables import Column, Document, Table, Text
 
-# Measure -> (heading, key of its standard error). What is not listed is shown under its own key.
-_MEASURES = {
-    "perplexity": ("perplexity", "perplexity_se"),
-    "kld_mean": ("mean KLD", "kld_mean_se"),
-    "kld_p99": ("99 % KLD", None),
-    "same_top": ("same top token", "same_top_se"),
+_HEADINGS = {
+    "against_perplexity": "perplexity of the other",
+    "ratio": "ratio of perplexities",
+    "kld_mean": "mean KLD (nats)",
+    "kld_p99": "99 % KLD (nats)",
+    "same_top": "same top token",
+    "sqnr_db": "SQNR dB",
+    "max_error": "maximum error",
 }
+
+# What was measured on, as opposed to what was measured.
+_SETTING = ("target", "against", "text", "context", "stride", "windows", "tokens")
 
 
 def evaluated_document(result: Mapping[str, Any]) -> Document:
-    """A table of measures, each with its standard error where there is one."""
-    errors = {error for _, error in _MEASURES.values() if error}
-    rows = []
-    for key, value in result.items():
-        if key in errors or isinstance(value, (dict, list)):
-            continue
-        heading, error = _MEASURES.get(key, (key.replace("_", " "), None))
-        rows.append((heading, value, result.get(error) if error else None))
+    """What `qcompiler.evaluate.evaluate` returned: the setting, then the measures with their standard errors."""
+    setting = [f"{key:<8} {_number(result[key])}" for key in _SETTING if key in result]
+    blocks: list[Table | Text] = [Text("", setting)]
+    outputs = result.get("outputs")
+    for title, measures in outputs.items() if isinstance(outputs, Mapping) else [("", result)]:
+        blocks.append(_measures(f"output {title}" if title else "", measures))
+    return Document("eval", result, blocks)
+
+
+def _measures(title: str, measures: Mapping[str, Any]) -> Table:
+    rows = [
+        (_HEADINGS.get(key, key.replace("_", " ")), value, measures.get(f"{key}_se"))
+        for key, value in measures.items()
+        if not key.endswith("_se") and key not in (*_SETTING, "schema", "kind") and not isinstance(value, (dict, list))
+    ]
     columns = (Column("measure"), Column("value", _number, right=True), Column("± se", _number, right=True))
-    return Document("eval", result, [Table("", columns, rows)])
+    return Table(title, columns, rows)
 
 
 def _number(value: Any) -> str:

@@ -257,6 +257,19 @@ def test_dry_run_prints_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (data["schema"], data["report"]) == (1, "plan") and data["totals"] == plan["totals"]
 
 
+def test_eval_of_outputs(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    import qcompiler.evaluate
+
+    measures = {"cosine": 0.99, "cosine_se": 0.001, "sqnr_db": None, "max_error": 0.5}
+    result = {"schema": 1, "kind": "outputs", "target": "a", "tokens": 10, "outputs": {"hidden": measures}}
+    monkeypatch.setattr(qcompiler.evaluate, "evaluate", lambda target, **options: result, raising=False)
+    out = call(capsys, "eval", "a", "--against", "b")[1]
+    assert [line.split() for line in out.splitlines()][3:] == [
+        ["output", "hidden"], ["measure", "value", "±", "se"], ["cosine", "0.99", "0.001"], ["SQNR", "dB", "-", "-"],
+        ["maximum", "error", "0.5", "-"],
+    ]  # fmt: skip
+
+
 def test_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     import qcompiler.evaluate
 
@@ -277,8 +290,8 @@ def test_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) 
     assert (seen["target"], seen["against"], seen["context"], seen["stride"]) == ("out", "model", 256, 128)
     code, out, _ = call(capsys, "eval", "out")
     assert [line.split() for line in out.splitlines()] == [
-        ["measure", "value", "±", "se"], ["perplexity", "12.5", "0.25"], ["tokens", "4,096", "-"],
-        ["mean", "KLD", "0.01", "0.001"],
+        ["tokens", "4,096"], [], ["measure", "value", "±", "se"], ["perplexity", "12.5", "0.25"],
+        ["mean", "KLD", "(nats)", "0.01", "0.001"],
     ]  # fmt: skip
     assert call(capsys, "eval", "damaged")[0] == 5
     assert call(capsys, "eval", "out", "--text", tmp_path / "no.txt")[0] == 3

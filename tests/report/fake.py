@@ -10,18 +10,18 @@ from qcompiler.artifact import ArtifactWriter, build_manifest
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
 
 CAPTURED = """\
-x: float32[1, s] = placeholder()
-w_q: float32[256, 256] = get_attr('q.weight')
+x: float32[1, s] = placeholder
+w_q: float32[256, 256] = parameter
 q: float32[1, s, 256] = aten.linear(x, w_q)
 relu: float32[1, s, 256] = aten.relu(q)
-output(relu)
+output = relu
 """
 SOLVED = """\
-x: float32[1, s] = placeholder()
-w_q_codes: uint8[16, 32, 64] = get_attr('q.codes')
+x: float32[1, s] = placeholder
+w_q_codes: uint8[16, 32, 64] = buffer
 q: float32[1, s, 256] = qcompiler.linear_nbit(x, w_q_codes)
 relu: float32[1, s, 256] = aten.relu(q)
-output(relu)
+output = relu
 """
 
 
