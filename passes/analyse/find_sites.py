@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from qcompiler.graph.constants import attribute
 from qcompiler.graph.graph import Graph, Site
+from qcompiler.passes.analyse.leftovers import find_leftovers
 from qcompiler.pipeline.passes import Pass, Report, Skip
 
 aten = torch.ops.aten
@@ -29,13 +30,13 @@ class FindSites(Pass):
 
     def run(self, graph: Graph, context: object) -> Report:
         graph.sites = []
-        graph.leftovers = {}
         names: set[str] = set()
         for node in graph.module.graph.nodes:
             site = _site(graph, node, names)
             if site is not None:
                 graph.sites.append(site)
                 names.add(site.name)
+        graph.leftovers = find_leftovers(graph.module, {site.weight for site in graph.sites})
         report = Report(matched=len(graph.sites), changed=len(graph.sites))
         report.skipped = [Skip(name, why) for name, (_, why) in graph.leftovers.items()]
         return report

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from qcompiler.graph.constants import Constant, attribute, constant_of, readers, set_parameter
+from qcompiler.graph.constants import TRANSPOSING, Constant, constant_of, free_name, readers, set_parameter
+from qcompiler.graph.edit import get_constant
 from qcompiler.graph.graph import Graph
 from qcompiler.passes.normalise.einsum import contraction
 from qcompiler.pipeline.passes import Pass, Report, Skip
@@ -43,7 +44,7 @@ class NormaliseLinear(Pass):
     def run(self, graph: Graph, context: object) -> Report:
         module = graph.module
         report = Report()
-        weights: dict[tuple, str] = {}
+        weights: dict[str, str] = {}
         for node in list(module.graph.nodes):
             product = _product(node)
             if product is None:
@@ -110,26 +111,33 @@ def _checked(
     return _Product(x, weight, transposed, bias)
 
 
-def _weight(module: GraphModule, product: _Product, made: dict[tuple, str]) -> str:
+def _weight(module: GraphModule, product: _Product, made: dict[str, str]) -> str:
     """Name of a parameter `[n, k]` for the product, making it where there is none yet."""
     weight = product.weight
-    swaps = sum(node.target in (aten.t.default, aten.transpose.int, aten.permute.default) for node in weight.chain)
-    if swaps == len(weight.chain) and (swaps + product.transposed) % 2 == 0 and attribute(module, weight.name).dim() == 2:
+    swaps = [node for node in weight.chain if node.target in TRANSPOSING and _swaps(node)]
+    if len(swaps) == len(weight.chain) and (len(swaps) + product.transposed) % 2 == 0:
         return weight.name
-    key = (weight.name, product.transposed, *((n.target, n.args[1:], tuple(n.kwargs.items())) for n in weight.chain))
-    key = (repr(key),)
-    if key in made:
-        return made[key]
-    value = weight.value(module, (lambda w: w.t()) if product.transposed else (lambda w: w)).contiguous()
-    # Under its own name where nobody else reads it, so that the module path stays what the user knows.
-    others = len(readers(module, weight.name)) > 1
-    name = weight.name
-    suffix = 0
-    while others and name != weight.name + (f"_{suffix}" if suffix else "_linear"):
-        name = weight.name + (f"_{suffix}" if suffix else "_linear")
-    set_parameter(module, name, value)
-    made[key] = name
-    return name
+    chain = [(str(node.target), node.args[1:], dict(node.kwargs)) for node in weight.chain]
+    key = repr((weight.name, product.transposed, chain))
+    if key not in made:
+        value = weight.value(module)
+        value = (value.t() if product.transposed else value).contiguous()
+        # Under its own name where nobody else reads it, so that the module path stays what the user knows.
+        alone = len(readers(module, weight.name)) == 1
+        made[key] = weight.name if alone else free_name(module, f"{weight.name}_linear")
+        set_parameter(module, made[key], value)
+    return made[key]
+
+
+def _swaps(node: Node) -> bool:
+    """Whether a transposing op swaps the two axes of a matrix (a permutation may also leave them)."""
+    if node.meta["val"].dim() != 2:
+        return False
+    if node.target is aten.permute.default:
+        return [axis % 2 for axis in node.args[1]] == [1, 0]
+    if node.target is aten.transpose.int:
+        return node.args[1] % 2 != node.args[2] % 2
+    return True
 
 
 def _replace(module: GraphModule, node: Node, product: _Product, weight: str) -> None:
@@ -141,8 +149,7 @@ def _replace(module: GraphModule, node: Node, product: _Product, weight: str) ->
         if user.target in (aten.view.default, aten.reshape.default) and _same_leading_axes(source, user):
             x, replaced = source, user
     with module.graph.inserting_before(replaced):
-        attr = module.graph.get_attr(weight)
-        attr.meta["val"] = _fake(attribute(module, weight), node)
+        attr = get_constant(module, weight, like=node)
         arguments = (x, attr) if product.bias is None else (x, attr, product.bias)
         linear = module.graph.call_function(aten.linear.default, arguments)
     linear.meta = dict(node.meta)
@@ -160,7 +167,3 @@ def _same_leading_axes(source: Node, result: Node) -> bool:
         isinstance(a, int) == isinstance(b, int) and str(a) == str(b) for a, b in zip(before[:-1], after[:-1], strict=True)
     )
 
-
-def _fake(tensor: torch.Tensor, node: Node) -> torch.Tensor:
-    mode = getattr(node.meta["val"], "fake_mode", None)
-    return tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)

@@ -107,6 +107,14 @@ def set_parameter(module: GraphModule, name: str, value: torch.Tensor) -> None:
     owner.register_parameter(leaf, torch.nn.Parameter(value, requires_grad=False))
 
 
+def free_name(module: GraphModule, name: str) -> str:
+    """`name`, or the first of `name_1`, `name_2` … that no constant has."""
+    number = 0
+    while has_attribute(module, f"{name}_{number}" if number else name):
+        number += 1
+    return f"{name}_{number}" if number else name
+
+
 def readers(module: GraphModule, name: str) -> list[Node]:
     """Nodes that read the constant of that name."""
     return [user for node in module.graph.nodes if node.op == "get_attr" and node.target == name for user in node.users]

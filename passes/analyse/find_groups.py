@@ -1,0 +1,64 @@
+"""Find sites that read the same value, and sites that share one weight."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from qcompiler.graph.constants import attribute, storage_key
+from qcompiler.graph.graph import Graph, Site
+from qcompiler.pipeline.passes import Pass, Report
+
+aten = torch.ops.aten
+
+# The rows are the same, in the same order, however the leading axes are written.
+_SAME_ROWS = frozenset(
+    {
+        aten.alias.default, aten.clone.default, aten.contiguous.default, aten.reshape.default, aten.squeeze.dim,
+        aten.unsqueeze.default, aten.view.default, aten.flatten.using_ints, aten._unsafe_view.default,
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FindGroups(Pass):
+    """Number what belongs together.
+
+    q(x), k(x), v(x)                          ─▶  one input_group: one set of statistics serves all
+    embedding(W, ids) … linear(y, W)          ─▶  one tie_group: quantized once, stored once
+    """
+
+    name: ClassVar[str] = "find_groups"
+    stage: ClassVar[str] = "analyse"
+
+    def run(self, graph: Graph, context: object) -> Report:
+        inputs: dict[tuple[Node, str], int] = {}
+        keys = {site.name: storage_key(attribute(graph.module, site.weight)) for site in graph.sites}
+        shared = Counter(keys.values())
+        ties: dict[tuple, int] = {}
+        for site in graph.sites:
+            site.input_group = inputs.setdefault((input_value(site), site.kind), len(inputs))
+            key = keys[site.name]
+            site.tie_group = ties.setdefault(key, len(ties)) if shared[key] > 1 else None
+        return Report(
+            matched=len(graph.sites),
+            changed=len(graph.sites),
+            notes={"input_groups": len(inputs), "tie_groups": len(ties)},
+        )
+
+
+def input_value(site: Site) -> Node:
+    """The value that the site reads, whatever shape its leading axes were given on the way."""
+    node = site.node.args[0] if site.kind == "linear" else site.node.args[1]
+    while node.target in _SAME_ROWS and _last_size(node) == _last_size(node.args[0]):
+        node = node.args[0]
+    return node
+
+
+def _last_size(node: Node) -> str:
+    shape = node.meta["val"].shape
+    return str(shape[-1]) if len(shape) else ""

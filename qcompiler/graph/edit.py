@@ -1,0 +1,19 @@
+"""Small edits of a graph that keep its meta data true."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from qcompiler.graph.constants import attribute
+
+
+def get_constant(module: GraphModule, name: str, like: Node) -> Node:
+    """A new node that reads the constant of that name, at the point of insertion.
+
+    `like` is any node of the traced graph with a tensor: its fake mode describes the constant.
+    """
+    node = module.graph.get_attr(name)
+    tensor = attribute(module, name)
+    mode = getattr(like.meta.get("val"), "fake_mode", None)
+    node.meta["val"] = tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
+    return node
