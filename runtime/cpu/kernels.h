@@ -33,7 +33,8 @@ struct LinearJob {
   float* y;
 };
 
-// Computes the outputs of tiles [tile_begin, tile_end) for row blocks [block_begin, block_end).
+// Computes the outputs of tiles [tile_begin, tile_end) for row blocks [block_begin, block_end), block by block: the tiles
+// of a piece are few enough to stay in the cache meanwhile.
 using LinearFunction = void (*)(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin,
                                 int64_t block_end);
 

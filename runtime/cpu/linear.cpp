@@ -12,7 +12,7 @@
 namespace qc {
 namespace {
 
-constexpr int64_t kPieceBytes = 128 << 10;       // weights per claim
+constexpr int64_t kPieceBytes = 192 << 10;       // weights per claim; with many rows they stay in L2
 constexpr int64_t kSmallBytes = 512 << 10;       // a matrix this small, with
 constexpr int64_t kSmallProducts = 4 << 20;      // this few multiplications, stays on the calling thread
 constexpr int64_t kActivationBytes = 2 << 20;    // prepared activations that are swept at once
@@ -131,15 +131,14 @@ void run_pieces(const Workers& workers, LinearFunction kernel, const LinearJob& 
   const Matrix& w = job.weight;
   const int64_t blocks = ceil_div(job.rows, job.block_rows);
   const double products = double(w.n) * double(w.k) * double(job.rows);
-  if (workers.threads <= 1 || !workers.parallel_for ||
-      (w.tiles * w.tile_bytes < kSmallBytes && products < double(kSmallProducts))) {
+  if (w.tiles * w.tile_bytes < kSmallBytes && products < double(kSmallProducts)) {
     kernel(job, 0, w.tiles, 0, blocks);
     return;
   }
-  const int64_t tile_work = w.tile_bytes * ceil_div(job.rows, 4);
-  const int64_t tiles_per_piece = std::clamp<int64_t>(kPieceBytes / tile_work, 1, w.tiles);
-  const int64_t tile_pieces = ceil_div(w.tiles, tiles_per_piece);
   const int64_t wanted = 4 * int64_t(workers.threads);
+  int64_t tiles_per_piece = std::clamp<int64_t>(kPieceBytes / w.tile_bytes, 1, w.tiles);
+  if (blocks > 1) tiles_per_piece = std::clamp<int64_t>(w.tiles / wanted, 1, tiles_per_piece);
+  const int64_t tile_pieces = ceil_div(w.tiles, tiles_per_piece);
   const int64_t row_cuts = tile_pieces < wanted ? std::min(blocks, ceil_div(wanted, tile_pieces)) : 1;
   const int64_t blocks_per_piece = ceil_div(blocks, row_cuts);
   const int64_t row_pieces = ceil_div(blocks, blocks_per_piece);

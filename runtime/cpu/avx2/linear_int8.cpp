@@ -12,6 +12,9 @@ namespace {
 static_assert(8 * 2 * largest_level(4, true) * 127 <= INT16_MAX, "a chunk of 4-bit codes stays in int16");
 static_assert(2 * 128 * 127 <= INT16_MAX, "a pair of 8-bit codes stays in int16");
 
+// Ends an addition here: the compiler would rather add up a tree of all products, and spill them.
+QC_INLINE void settle(__m256i& sum) { __asm__("" : "+x"(sum)); }
+
 // sum[h][m] += codes of one chunk times the activations of R rows, for one or both halves of the tile.
 template <int Bits, int R, int H>
 QC_INLINE void add_chunk(const uint8_t* codes, const int32_t* x, __m256i (&sum)[H][R]) {
@@ -27,9 +30,11 @@ QC_INLINE void add_chunk(const uint8_t* codes, const int32_t* x, __m256i (&sum)[
         if (Bits == 8) {
           const __m256i pair = _mm256_maddubs_epi16(_mm256_abs_epi8(v.v[h]), _mm256_sign_epi8(a, v.v[h]));
           sum[h][m] = _mm256_add_epi32(sum[h][m], _mm256_madd_epi16(pair, ones));
+          settle(sum[h][m]);
         } else {
           const __m256i pair = _mm256_maddubs_epi16(_mm256_and_si256(v.v[h], mask), a);
           pairs[h][m] = _mm256_add_epi16(pairs[h][m], pair);
+          settle(pairs[h][m]);
         }
       }
     }
@@ -122,8 +127,8 @@ void linear_int8(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int
                            : bits == 4 ? of_zeros<4>(job)
                            : bits == 3 ? of_zeros<3>(job)
                                        : of_zeros<2>(job);
-  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    for (int64_t block = block_begin; block < block_end; ++block) run(job, tile, block);
+  for (int64_t block = block_begin; block < block_end; ++block) {
+    for (int64_t tile = tile_begin; tile < tile_end; ++tile) run(job, tile, block);
   }
 }
 

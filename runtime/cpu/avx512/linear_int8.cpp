@@ -87,8 +87,8 @@ void linear_int8(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int
                            : bits == 4 ? of_zeros<4>(job)
                            : bits == 3 ? of_zeros<3>(job)
                                        : of_zeros<2>(job);
-  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    for (int64_t block = block_begin; block < block_end; ++block) run(job, tile, block);
+  for (int64_t block = block_begin; block < block_end; ++block) {
+    for (int64_t tile = tile_begin; tile < tile_end; ++tile) run(job, tile, block);
   }
 }
 

@@ -139,8 +139,8 @@ void tile_float(const LinearJob& job, int64_t tile, int64_t block) {
 
 template <void (*Tile)(const LinearJob&, int64_t, int64_t)>
 void each_tile(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end) {
-  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    for (int64_t block = block_begin; block < block_end; ++block) Tile(job, tile, block);
+  for (int64_t block = block_begin; block < block_end; ++block) {
+    for (int64_t tile = tile_begin; tile < tile_end; ++tile) Tile(job, tile, block);
   }
 }
 
