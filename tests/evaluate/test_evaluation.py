@@ -14,6 +14,8 @@ from qcompiler.data import reference_model
 from qcompiler.errors import GateError, InputError, UnsupportedError, UsageError
 from qcompiler.evaluate import Text, evaluate
 from qcompiler.evaluate.targets import open_target
+from qcompiler.runtime.session import Session
+from tests.artifacts import reference_artifact
 
 TEXT = Text("The quick brown fox jumps over the lazy dog, said the documentation of the module. " * 12, "a fox")
 
@@ -87,6 +89,16 @@ def test_functions_and_directories(reference):
     found = evaluate(half, reference_model(), text=TEXT, context=64, max_windows=2, threads=1)
     assert (found["target"], found["against"], found["windows"]) == ("half", "reference_lm", 2)
     assert found["kld_mean"] == 0
+
+
+def test_an_artifact_against_the_model_it_was_made_from():
+    """Float through ONNX Runtime: the same model but for rounding, in windows of the context that it was trained at."""
+    found = evaluate(reference_artifact(), "reference", text=TEXT, max_windows=2, threads=1)
+    assert found["context"] == 256 and found["target"] != str(reference_artifact())
+    assert found["kld_mean"] < 1e-8 and found["same_top"] > 0.99
+    assert found["ratio"] == pytest.approx(1, abs=1e-4)
+    with pytest.raises(UsageError, match="expected 2 to 1024"):
+        evaluate(Session(reference_artifact()), text=TEXT, context=2000)
 
 
 def test_files_as_text(tmp_path):
