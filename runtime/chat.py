@@ -66,6 +66,11 @@ class ChatTemplate:
             raise InputError(f"the chat template failed on the messages: {error}") from error
 
 
+def render(artifact: Artifact, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """The text of a chat by the artifact's own template; see `ChatTemplate`."""
+    return ChatTemplate(artifact).render(messages, **options)
+
+
 def has_chat_template(artifact: Artifact) -> bool:
     return TEMPLATE in artifact.files or "chat_template" in _config(artifact)
 

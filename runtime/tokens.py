@@ -23,6 +23,10 @@ def has_tokenizer(artifact: Artifact) -> bool:
 class Tokenizer:
     """The tokenizer of an artifact.
 
+    Attributes:
+        special: ids that `decode` leaves out.
+        bos, eos, pad: ids from the manifest.
+
     Raises `InputError` when the artifact has none, or one that cannot be read.
     """
 
@@ -39,6 +43,8 @@ class Tokenizer:
         # Settings of somebody's training run: a prompt is neither cut nor filled up.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special = frozenset(token for token, info in added.items() if info.special)
         self.bos, self.eos, self.pad = artifact.bos, artifact.eos, artifact.pad
 
     @property
@@ -88,8 +94,9 @@ class TextStream:
     def push(self, token: int) -> str:
         """The text that `token` completes; often its own, empty while a character is incomplete."""
         self._ids.append(int(token))
-        if self._tokenizer.is_byte(int(token)):
-            # A run of such bytes is decoded as a whole: one more can still change all of it.
+        if self._tokenizer.is_byte(int(token)) or (not self._special and int(token) in self._tokenizer.special):
+            # A run of such bytes is decoded as a whole: one more can still change all of it. A special token that is
+            # left out does not end the run.
             return ""
         text = self._tokenizer.decode(self._ids, special=self._special)
         complete = text.rstrip(_REPLACEMENT)
