@@ -88,8 +88,7 @@ def _of_session(session: Any) -> Target:
     directory = Path(artifact.path)
     config = _read_config(directory)
     context = Context(Context.of_config(config).trained, artifact.context or Context.of_config(config).positions)
-    has_tokenizer = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    tokens = load_tokens(directory) if has_tokenizer else None
+    tokens = _tokens_in(directory)
     model = artifact.manifest.get("model")
     source = model.get("source") if isinstance(model, Mapping) else None
     label = f"{source or directory.name} ({artifact.manifest.get('recipe') or artifact.target})"
@@ -111,7 +110,7 @@ def _of_checkpoint(source: str) -> Target:
     loaded = load(source)
     target = _of_module(loaded.model)
     target.name, target.label = source, loaded.source_description
-    target.tokens = load_tokens(loaded.directory) if loaded.tokenizer_files else None
+    target.tokens = _tokens_in(loaded.directory)
     return target
 
 
@@ -133,7 +132,7 @@ def _of_module(module: Any) -> Target:
             return _named(module(torch.from_numpy(tokens)[None].to(device), **options))
 
     source = getattr(config, "_name_or_path", "")
-    tokens = load_tokens(source) if source and Path(source).is_dir() else None
+    tokens = _tokens_in(Path(source)) if source else None
     return Target(name, run, _is_causal(module), tokens, Context() if config is None else Context.of_config(config))
 
 
@@ -141,8 +140,11 @@ def _of_module(module: Any) -> Target:
 def _inference(module: Any) -> Iterator[None]:
     """Without dropout, and afterwards in the mode that it was in."""
     training = module.training
-    if training:
-        module.eval()
+    try:
+        if training:
+            module.eval()
+    except NotImplementedError:  # the mode of an exported program was fixed when it was exported
+        training = False
     try:
         yield
     finally:
@@ -184,6 +186,12 @@ def _array(value: Any, batch: int | None = None) -> np.ndarray:
     if array.ndim > 1 and array.shape[0] == 1 and batch in (None, array.ndim):
         array = array[0]
     return array.astype(np.float32, copy=False)
+
+
+def _tokens_in(directory: Path) -> Tokens | None:
+    """The tokenizer that lies beside a model, if any."""
+    found = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return load_tokens(directory) if found else None
 
 
 def _read_config(directory: Path) -> dict:

@@ -108,6 +108,24 @@ def test_files_as_text(tmp_path):
     assert found == {**evaluate(_wobbling, text=TEXT, context=64, tokenizer=reference_model()), "text": "fox.txt"}
 
 
+def test_an_exported_program():
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Embedding(4096, 8)
+            self.head = torch.nn.Linear(8, 4096)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.head(self.embed(tokens))
+
+    module = Plain()
+    length = torch.export.Dim("length", min=2, max=512)
+    example = (torch.arange(16)[None],)
+    program = torch.export.export(module, example, dynamic_shapes=({1: length},)).module()
+    found = evaluate(program, module, text=TEXT, context=64, tokenizer=reference_model(), threads=1)
+    assert found["kind"] == "language-model" and found["kld_mean"] < 1e-9
+
+
 def test_progress_is_reported():
     calls = []
 
