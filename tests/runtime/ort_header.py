@@ -16,7 +16,12 @@ def find_header(name: str) -> Path:
     folder when it lies elsewhere.
     """
     roots = [Path(place) for place in (os.environ.get("ORT_INCLUDE"), os.environ.get("CPATH")) if place]
-    roots += [Path(sys.prefix) / "include", Path("/usr/include"), Path("/usr/local/include"), Path("/opt/homebrew/include")]
+    roots += [
+        Path(sys.prefix) / "include",
+        Path("/usr/include"),
+        Path("/usr/local/include"),
+        Path("/opt/homebrew/include"),
+    ]
     if conda := os.environ.get("CONDA_PREFIX"):
         roots.append(Path(conda) / "include")
     for root in roots:

@@ -30,6 +30,8 @@ def test_the_example_runs_a_model(tmp_path: Path) -> None:
     subprocess.run([*command, f"-Wl,-rpath,{tmp_path}"], check=True)
 
     bias = np.arange(5, 25, dtype=np.float32)
-    model = save_linear(tmp_path / "m.onnx", oracle.make_weight(np.random.default_rng(0), 20, 64, 4, 32, False), bias=bias)
+    model = save_linear(
+        tmp_path / "m.onnx", oracle.make_weight(np.random.default_rng(0), 20, 64, 4, 32, False), bias=bias
+    )
     run = subprocess.run([program, model, library_path()], capture_output=True, text=True, check=True)
     assert run.stdout == "y: 20 values, the first 5\n"

@@ -32,7 +32,16 @@ def test_linear_to_the_bit(isa: str, threads: int | None) -> None:
     bias = RNG.standard_normal(40).astype(np.float32)
     x = RNG.standard_normal((2, 3, 150)).astype(np.float32)
     y = library.linear_nbit(
-        x, **tensors(weight), bits=4, group=64, n=40, k=150, activation="int8_block", bias=bias, threads=threads, isa=isa
+        x,
+        **tensors(weight),
+        bits=4,
+        group=64,
+        n=40,
+        k=150,
+        activation="int8_block",
+        bias=bias,
+        threads=threads,
+        isa=isa,
     )
     expected = oracle.linear(weight, x.reshape(6, 150), oracle.INT8_BLOCK, bias).reshape(2, 3, 40)
     np.testing.assert_array_equal(y.view(np.uint32), expected.view(np.uint32))
@@ -149,7 +158,9 @@ def test_the_newest_build_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_exports_are_ours_alone() -> None:
     if sys.platform != "linux" or not shutil.which("nm"):
         pytest.skip("needs nm")
-    table = subprocess.run(["nm", "-D", "--defined-only", library.library_path()], capture_output=True, text=True, check=True)
+    table = subprocess.run(
+        ["nm", "-D", "--defined-only", library.library_path()], capture_output=True, text=True, check=True
+    )
     names = {line.split()[-1] for line in table.stdout.splitlines()}
     assert "RegisterCustomOps" in names
     assert all(name == "RegisterCustomOps" or name.startswith("qc_") for name in names), names

@@ -145,7 +145,10 @@ def test_the_api_base_has_the_same_order(official: str) -> None:
                 "ORT_INVALID_GRAPH": "kInvalidGraph",
             },
         ),
-        ("OrtCustomOpInputOutputCharacteristic", {"INPUT_OUTPUT_REQUIRED": "kRequired", "INPUT_OUTPUT_OPTIONAL": "kOptional"}),
+        (
+            "OrtCustomOpInputOutputCharacteristic",
+            {"INPUT_OUTPUT_REQUIRED": "kRequired", "INPUT_OUTPUT_OPTIONAL": "kOptional"},
+        ),
         ("OrtMemType", {"OrtMemTypeDefault": "kMemoryDefault"}),
         ("OrtOpAttrType", {"ORT_OP_ATTR_INT": "kAttributeInt"}),
     ],

@@ -1,4 +1,4 @@
-"""The ops in ONNX Runtime: the same bits as the kernels called directly, weights in place, errors that name the node."""
+"""The ops in ONNX Runtime: the kernels' bits, weights read in place, errors that name the node."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ RNG = np.random.default_rng(7)
 def direct(weight: oracle.Weight, x: np.ndarray, activation: int, bias: np.ndarray | None = None) -> np.ndarray:
     n, k = weight.shape
     return library.linear_nbit(
-        x, **tensors(weight), bits=weight.bits, group=weight.group, n=n, k=k, activation=activation, bias=bias, threads=1
+        x,
+        **tensors(weight),
+        bits=weight.bits,
+        group=weight.group,
+        n=n,
+        k=k,
+        activation=activation,
+        bias=bias,
+        threads=1,
     )
 
 
@@ -178,7 +186,9 @@ def test_bad_tensors(name: str, array: np.ndarray, message: str, constant: bool,
             model.run(None, {"x": np.zeros((1, 70), np.float32), **tensors(weight), name: array})
 
 
-@pytest.mark.parametrize("name, array", [("codes", np.zeros((3, 9, 64), np.int8)), ("scales", np.zeros((3, 3, 16), np.float32))])
+@pytest.mark.parametrize(
+    "name, array", [("codes", np.zeros((3, 9, 64), np.int8)), ("scales", np.zeros((3, 3, 16), np.float32))]
+)
 def test_types_are_checked_when_the_model_is_loaded(name: str, array: np.ndarray, tmp_path: Path) -> None:
     weight = oracle.make_weight(RNG, 33, 70, 4, 32, False)
     with pytest.raises(Exception, match=re.escape(NODE)):

@@ -15,7 +15,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-COMPILE_ONLY = ["click", "onnx", "onnx_ir", "onnxscript", "pydantic", "rich", "safetensors", "torch", "transformers", "yaml"]
+COMPILE_ONLY = [
+    "click",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "pydantic",
+    "rich",
+    "safetensors",
+    "torch",
+    "transformers",
+    "yaml",
+]
 
 
 def names(requirements: list[str]) -> set[str]:
@@ -116,16 +127,20 @@ INSTALLED = """
 def test_sdist_to_wheel_to_a_clean_environment(sources: Path, tmp_path: Path) -> None:
     builder = environment(tmp_path / "builder")
     pip(builder, "install", "scikit-build-core", "ninja", cwd=tmp_path)
-    made = python(f"from scikit_build_core.build import build_sdist as b; print(b({str(tmp_path)!r}))", sources, builder)
+    made = python(
+        f"from scikit_build_core.build import build_sdist as b; print(b({str(tmp_path)!r}))", sources, builder
+    )
     sdist = tmp_path / made.splitlines()[-1]
     pip(builder, "wheel", "--no-deps", "-w", tmp_path, sdist, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     assert re.fullmatch(r"qcompiler-[\d.]+-py3-none-\w+\.whl", wheel.name)
 
     inside = zipfile.ZipFile(wheel).namelist()
-    assert [name for name in inside if "libqcompiler_ops" in name] == [
-        name for name in inside if name.startswith("qcompiler/runtime/lib/libqcompiler_ops.")
-    ] != []
+    assert (
+        [name for name in inside if "libqcompiler_ops" in name]
+        == [name for name in inside if name.startswith("qcompiler/runtime/lib/libqcompiler_ops.")]
+        != []
+    )
     assert not [name for name in inside if name.endswith((".cpp", ".h", ".map", "CMakeLists.txt", "CMakePresets.json"))]
     assert not [name for name in inside if not name.startswith(("qcompiler/", "qcompiler-"))]
 
@@ -141,6 +156,8 @@ def test_an_editable_install_finds_the_library(sources: Path, tmp_path: Path) ->
     fresh = environment(tmp_path / "editable")
     pip(fresh, "install", "-e", sources, cwd=tmp_path)
     assert Path(python(INSTALLED, tmp_path, fresh)).is_relative_to(tmp_path / "editable")
-    assert python("import qcompiler; print(qcompiler.__file__)", tmp_path, fresh) == str(sources / "qcompiler" / "__init__.py")
+    assert python("import qcompiler; print(qcompiler.__file__)", tmp_path, fresh) == str(
+        sources / "qcompiler" / "__init__.py"
+    )
     (sources / "runtime" / "added_later.py").write_text("")
     python("import qcompiler.runtime.added_later", tmp_path, fresh)
