@@ -77,11 +77,9 @@ def plan_document(plan: Mapping[str, Any]) -> Document:
     ]
     lines = []
     totals = data.get("totals") or {}
-    total = totals.get("bytes")
-    if isinstance(total, Mapping):
-        total = total.get("total")
-    if total is not None:
-        lines.append(f"size         {tables.size(total)} ({total:,} bytes)")
+    packed = sum((totals.get("bytes") or {}).values())
+    was = totals.get("float_bytes")
+    lines.append(f"weights      {packed:,} bytes{f' (float: {was:,})' if was is not None else ''}")
     for key, label, write in (
         ("bits_per_weight", "bits/weight", "{:.2f}".format),
         ("coverage", "coverage", "{:.1%}".format),

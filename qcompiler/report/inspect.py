@@ -215,7 +215,11 @@ def _history_lines(history: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 def _brief(value: Any) -> str:
     if isinstance(value, list):
-        return f"{len(value)}: {'; '.join(_brief(item) for item in value[:3])}{'; …' if len(value) > 3 else ''}"
+        return (
+            "none"
+            if not value
+            else f"{len(value)}: {'; '.join(_brief(item) for item in value[:3])}{'; …' if len(value) > 3 else ''}"
+        )
     if isinstance(value, dict):
         return ", ".join(f"{key} {_brief(item)}" for key, item in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -103,7 +103,7 @@ class Plain:
         left = self._pace.left(done, n)
         tail = f"  {duration(left)} left" if left else ""
         width = len(str(n))
-        self._line(f"{self._stage:<10} {i:>{width}}/{n}  {name}{'  ' + message if message else ''}{tail}")
+        self._line(f"{self._stage:<18} {i:>{width}}/{n}  {name}{'  ' + message if message else ''}{tail}")
 
     def note(self, message: str) -> None:
         self._line(f"note: {message}")
@@ -130,7 +130,7 @@ class Bars:
         self._console = Console(file=stream if stream is not None else sys.stderr)
         self._progress: Progress = Progress(
             SpinnerColumn(finished_text="✓"),
-            TextColumn("{task.description:<10}", markup=False),
+            TextColumn("{task.description:<18}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

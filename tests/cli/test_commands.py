@@ -224,7 +224,7 @@ def test_compile_passes_the_options_on(tmp_path: Path, monkeypatch: pytest.Monke
     code, out, err = call(
         capsys, "compile", "model", "-o", tmp_path / "a", "--text", text, text, "--samples", "3", "--target", "torch"
     )
-    assert code == 0 and err.splitlines() == ["solve", "solve      1/1  q_proj  21.4 dB"]
+    assert code == 0 and err.splitlines() == ["solve", "solve              1/1  q_proj  21.4 dB"]
     assert out.splitlines()[0].startswith(f"{tmp_path / 'a'}: ") and "1× int4-g32-sym" in out
     assert seen["model"] == "model" and seen["text"] == [text, text] and seen["samples"] == 3
     assert seen["target"] == "torch" and "length" not in seen and seen["recipe"].name == "int4"
@@ -245,13 +245,19 @@ def test_dry_run_prints_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "schema": 1,
         "layers": [fake.layer(fake.Q, weight_sqnr_db=None, output_sqnr_db=None)],
         "left_in_float": [],
-        "totals": {"bytes": {"total": 36864}, "bits_per_weight": 4.5, "coverage": 1.0, "peak_bytes": 2**20},
+        "totals": {
+            "bytes": {"codes": 32768, "scales": 4096},
+            "bits_per_weight": 4.5,
+            "coverage": 1.0,
+            "peak_bytes": 2**20,
+            "float_bytes": 262144,
+        },
     }
     compiler = ModuleType("qcompiler.compiler")
     compiler.plan = lambda model, **options: plan  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "qcompiler.compiler", compiler)
     code, out, _ = call(capsys, "compile", "model", "--dry-run", "-o", tmp_path / "x")
-    assert code == 0 and "peak memory  1.0 MiB" in out and "36,864 bytes" in out and fake.Q in out
+    assert code == 0 and "peak memory  1.0 MiB" in out and "36,864 bytes (float: 262,144)" in out and fake.Q in out
     assert "nothing was done" in out and os.listdir(tmp_path) == []
     data = json.loads(call(capsys, "compile", "model", "--dry-run", "--json")[1])
     assert (data["schema"], data["report"]) == (1, "plan") and data["totals"] == plan["totals"]

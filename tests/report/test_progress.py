@@ -31,8 +31,8 @@ def test_plain_lines_are_few_and_tell_the_time_left() -> None:
     lines = stream.getvalue().splitlines()
     assert lines[0] == "solve"
     assert 20 <= len(lines) <= 27, "one in two seconds"
-    assert lines[2] == "solve        4/100  layer.4  21.4 dB  48s left"
-    assert lines[-1] == "solve      100/100  layer.100  21.4 dB"
+    assert lines[2] == "solve                4/100  layer.4  21.4 dB  48s left"
+    assert lines[-1] == "solve                      100/100  layer.100  21.4 dB"
 
 
 def test_plain_slow_layers_give_a_line_each() -> None:
@@ -43,9 +43,9 @@ def test_plain_slow_layers_give_a_line_each() -> None:
         clock.now += 90
         reporter.layer(i, 3, f"layer.{i}", "done")
     assert stream.getvalue().splitlines()[1:] == [
-        "solve      1/3  layer.1  done  3m00s left",
-        "solve      2/3  layer.2  done  1m30s left",
-        "solve      3/3  layer.3  done",
+        "solve              1/3  layer.1  done  3m00s left",
+        "solve              2/3  layer.2  done  1m30s left",
+        "solve              3/3  layer.3  done",
     ]
 
 
