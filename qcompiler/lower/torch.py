@@ -31,7 +31,7 @@ def flatten(program: torch.export.ExportedProgram, prepared: Prepared) -> torch.
         if index not in keep and not node.users:
             module.graph.erase_node(node)
     module.graph.set_codegen(torch.fx.graph.CodeGen())
-    module.recompile()
+    module = torch.fx.GraphModule(module, module.graph)  # without the hook that checks the nested arguments
     shapes = tuple(dict.fromkeys(prepared.axes.get(path, {}), torch.export.Dim.AUTO) for path in get_leaf_tensors(prepared.inputs))
     tensors = tuple(leaves[index] for index in keep)
     try:
