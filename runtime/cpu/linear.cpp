@@ -104,25 +104,27 @@ struct FloatPreparation {
     const int64_t R = job.block_rows;
     float* packed = reinterpret_cast<float*>(static_cast<unsigned char*>(const_cast<void*>(job.x)) +
                                              block * job.x_block_bytes);
-    for (int64_t r = 0; r < R; ++r) {
-      const int64_t source = block * R + r;
-      const float* row = source < job.rows ? x + source * weight.k : nullptr;
-      const bool finite = !row || all_finite(row, weight.k);
-      for (int64_t k = 0; k < padded_k; ++k) {
-        const bool inside = row && k < weight.k;
-        packed[k * R + r] = !finite ? std::numeric_limits<float>::quiet_NaN() : inside ? row[k] : 0.0f;
+    std::memset(packed, 0, size_t(job.x_block_bytes));
+    for (int64_t r = 0; r < R && block * R + r < job.rows; ++r) {
+      const float* row = x + (block * R + r) * weight.k;
+      if (!all_finite(row, weight.k)) {
+        for (int64_t k = 0; k < padded_k; ++k) packed[k * R + r] = std::numeric_limits<float>::quiet_NaN();
+      } else if (R == 1) {
+        std::memcpy(packed, row, size_t(weight.k) * sizeof(float));
+      } else {
+        for (int64_t k = 0; k < weight.k; ++k) packed[k * R + r] = row[k];
       }
     }
   }
 
   static bool all_finite(const float* row, int64_t k) {
-    uint32_t largest = 0;
+    uint32_t found = 0;
     for (int64_t i = 0; i < k; ++i) {
       uint32_t bits;
       std::memcpy(&bits, row + i, 4);
-      largest = std::max(largest, bits & 0x7fffffffu);
+      found |= (bits & 0x7f800000u) == 0x7f800000u;
     }
-    return largest < 0x7f800000u;
+    return !found;
   }
 };
 
