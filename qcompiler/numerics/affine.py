@@ -12,7 +12,7 @@ SMALLEST_SCALE = 2.0**-24  # the smallest positive float16: a scale never underf
 LARGEST_SCALE = 65504.0
 
 # Factors on the min-max range that the MSE search tries; 1 is among them, so the search never loses to min-max.
-SHRINK = torch.linspace(1.0, 0.4, 61, dtype=torch.float64)
+SHRINK = torch.linspace(1.0, 0.4, 31, dtype=torch.float64)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,9 @@
 A body decodes the packed weight with standard ops (opset 21) and multiplies in float32, with the activations quantized and
 dequantized as the kernel does. It is there so that a file runs anywhere and can be checked; it is slow, and a runtime may fold
 the decoding into a dense weight at load. One body a variant (an `overload` of the function); sizes come from attributes.
+
+ONNX Runtime before 1.27 ignores `overload` and would run one variant's body for every node, silently wrong. So node and body of a
+variant share an attribute of its name, without which the body does not resolve: such a runtime refuses the file instead.
 """
 
 from __future__ import annotations
@@ -19,15 +22,21 @@ from qcompiler.ops.spec import DOMAIN, OpSpec
 STANDARD_OPSET = 21
 
 
+def marker(overload: str) -> str:
+    """Name of the attribute that ties a node to the body of its variant."""
+    return f"variant_{overload.replace('-', '_')}"
+
+
 class Body:
     """Records the nodes of a function body; values are named so that a dump can be read."""
 
-    def __init__(self, attributes: Sequence[str]):
+    def __init__(self, attributes: Sequence[str], overload: str):
         self.nodes: list[ir.Node] = []
         self._constants: dict[tuple, ir.Value] = {}
         self._attributes: dict[str, ir.Value] = {}
         self._names = 0
-        self.attribute_names = attributes
+        self.attribute_names = [*attributes, marker(overload)]
+        self.attribute(marker(overload))
 
     def op(self, op_type: str, *inputs: ir.Value, **attributes) -> ir.Value:
         node = ir.node(op_type, inputs, attributes=attributes)
@@ -163,7 +172,7 @@ def fake_quantize(b: Body, x: ir.Value, activation: Activation, k: ir.Value) -> 
 
 def linear_nbit(spec: OpSpec, overload: str, attributes: dict[str, int], present: frozenset[str]) -> ir.Function:
     """The body of `LinearNBit` for one variant."""
-    b = Body(spec.attributes)
+    b = Body(spec.attributes, overload)
     inputs = {i.name: ir.Value(name=i.name) for i in spec.inputs}
     format = AffineFormat(attributes["bits"], attributes["group"], "zeros" not in present)
     tiles = decode_weight(b, inputs["codes"], inputs["scales"], inputs["zeros"] if "zeros" in present else None, format)
@@ -178,7 +187,7 @@ def linear_nbit(spec: OpSpec, overload: str, attributes: dict[str, int], present
 
 def embedding_nbit(spec: OpSpec, overload: str, attributes: dict[str, int], present: frozenset[str]) -> ir.Function:
     """The body of `EmbeddingNBit` for one variant: only the tiles that are asked for are decoded."""
-    b = Body(spec.attributes)
+    b = Body(spec.attributes, overload)
     inputs = {i.name: ir.Value(name=i.name) for i in spec.inputs}
     format = AffineFormat(attributes["bits"], attributes["group"], "zeros" not in present)
     flat = b.op("Reshape", inputs["indices"], b.ints(-1))

@@ -17,7 +17,7 @@ from onnxscript.function_libs.torch_lib.registration import default_registry, to
 
 from qcompiler.errors import UnsupportedError
 from qcompiler.ops import SPECS
-from qcompiler.ops.bodies import BUILDERS
+from qcompiler.ops.bodies import BUILDERS, marker
 from qcompiler.ops.spec import DOMAIN, OPSET, OpSpec
 
 _ONNX_TYPE = {"float32": "tensor(float)", "float16": "tensor(float16)", "uint8": "tensor(uint8)", "int64": "tensor(int64)"}
@@ -89,6 +89,7 @@ def attach_bodies(model: ir.Model) -> dict[str, int]:
         attributes = {name: node.attributes.get_int(name) for name in spec.attributes}
         present = frozenset(i.name for i, value in zip(spec.inputs, node.inputs) if value is not None)
         node.overload = spec.variant(attributes, present)
+        node.attributes.add(ir.AttrInt64(marker(node.overload), 1))
         key = (DOMAIN, spec.onnx_name, node.overload)
         if key not in model.functions:
             model.functions[key] = BUILDERS[spec.name](spec, node.overload, attributes, present)

@@ -84,3 +84,18 @@ def test_negative_indices_count_from_the_end():
     expected = spec.reference(case.inputs, case.attributes)
     for found in (run_torch(spec, turned), run_onnx(spec, turned, True), run_onnx(spec, turned, False)):
         np.testing.assert_array_equal(found, expected)
+
+
+def test_a_runtime_that_mixes_up_variants_refuses_the_model():
+    """ONNX Runtime before 1.27 ignores `overload` and runs another variant's body; the marker makes that fail at load."""
+    spec = SPECS["linear_nbit"]
+    cases = [next(c for _, c in GROUPS[spec.name, label]) for label in ("int4-g32-sym", "int2-g32-sym")]
+    model, other = (single_node_model(spec, case) for case in cases)
+    (node,) = model.graph
+    (function,) = other.functions.values()
+    model.functions.clear()
+    model.functions[function.identifier()] = function
+    node.overload = function.overload
+    content = ir.serde.serialize_model(model).SerializeToString()
+    with pytest.raises(Exception, match="(?i)constant"):
+        onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
