@@ -62,7 +62,7 @@ class ChatTemplate:
             )
         except jinja2.TemplateError as error:
             raise InputError(f"the chat template refused the messages: {error.message or error}") from error
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:  # whatever the program that a template is runs into
             raise InputError(f"the chat template failed on the messages: {error}") from error
 
 

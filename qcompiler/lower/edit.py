@@ -29,15 +29,24 @@ def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
     return node if node is not None and node.op_type in op_types and node.domain == "" else None
 
 
-def replace(graph: ir.Graph, node: ir.Node, by: ir.Value) -> None:
-    """Let `by` stand for the one output of `node`, then remove what nobody reads any more."""
+def replace(graph: ir.Graph, node: ir.Node, by: ir.Value) -> bool:
+    """Let `by` stand for the one output of `node`, then remove what nobody reads any more.
+
+    False, with nothing changed, where that would have to give one value two names of the graph's interface.
+    """
     output = node.outputs[0]
+    if output.is_graph_output():
+        if by.is_graph_output() or by.is_graph_input() or by.is_initializer():
+            return False
+        name, by.name = output.name, None
+        output.name, by.name = f"{name}_before", name
     if by.shape is None and output.shape is not None:
         by.shape = output.shape
     if by.type is None and output.type is not None:
         by.type = output.type
-    output.replace_all_uses_with(by)
+    output.replace_all_uses_with(by, replace_graph_outputs=True)
     sweep(graph, node)
+    return True
 
 
 def sweep(graph: ir.Graph, node: ir.Node | None) -> None:

@@ -37,8 +37,7 @@ def drop_attended_guards(graph: ir.Graph) -> int:
         if isinstance(condition, Field) and is_never(condition.formula):
             # The choice must not have widened `x` either.
             if known.covers(operand(node, 2), condition.shape):
-                replace(graph, node, operand(node, 2))
-                count += 1
+                count += replace(graph, node, operand(node, 2))
     return count
 
 
@@ -82,12 +81,11 @@ def merge_equal_lengths(graph: ir.Graph) -> int:
         value = node.outputs[0]
         found = known.values.get(value)
         dtype = _whole_dtype(value)
-        if not isinstance(found, Items) or dtype is None or value.is_graph_output():
+        if not isinstance(found, Items) or dtype is None:
             continue
         earlier = first.setdefault((dtype, found), value)
         if earlier is not value:
-            replace(graph, node, earlier)
-            count += 1
+            count += replace(graph, node, earlier)
     return count
 
 
@@ -102,8 +100,7 @@ def drop_reshapes(graph: ir.Graph) -> int:
         while (inner := producer(source, "Reshape")) is not None:
             below, source = source, operand(inner, 0)
         shape = known.shape(node.outputs[0])
-        if shape is not None and shape == known.shape(source) and not node.outputs[0].is_graph_output():
-            replace(graph, node, source)
+        if shape is not None and shape == known.shape(source) and replace(graph, node, source):
             count += 1
         elif below is not None and (target := constant(node.inputs[1])) is not None and 0 not in target:
             # Without a 0, which would copy an axis of its input, a reshape looks at the elements only.
@@ -128,13 +125,12 @@ def drop_transposes(graph: ir.Graph) -> int:
             continue
         if norm.attributes.get_int("axis", -1) not in (-1, rank - 1) or there[-1] != rank - 1:
             continue
-        if len(norm.outputs[0].uses()) != 1 or norm.outputs[0].is_graph_output() or node.outputs[0].is_graph_output():
+        if len(norm.outputs[0].uses()) != 1 or norm.outputs[0].is_graph_output():
             continue
         norm.replace_input_with(0, first.inputs[0])
         norm.outputs[0].shape = node.outputs[0].shape or operand(first, 0).shape
-        replace(graph, node, norm.outputs[0])
+        count += replace(graph, node, norm.outputs[0])
         sweep(graph, first)
-        count += 1
     return count
 
 
@@ -152,8 +148,7 @@ def fuse_silu(graph: ir.Graph) -> int:
             output = node.outputs[0]
             fused.outputs[0].shape, fused.outputs[0].type = output.shape, output.type
             graph.insert_before(node, fused)
-            replace(graph, node, fused.outputs[0])
-            count += 1
+            count += replace(graph, node, fused.outputs[0])
             break
     return count
 
