@@ -55,9 +55,8 @@ class WriterLock:
                     raise self._refusal(fd)
                 # Between our open and our lock the last holder may have removed the name: then it locks nothing.
                 if self._still_named(fd):
-                    os.ftruncate(fd, 0)
-                    os.pwrite(fd, json.dumps({"pid": os.getpid(), "boot": boot_id()}).encode(), 0)
                     self._fd, fd = fd, -1
+                    self._sign()
                     return
             finally:
                 if fd >= 0:
@@ -71,6 +70,16 @@ class WriterLock:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
         os.close(fd)
+
+    def _sign(self) -> None:
+        """Write down who holds the lock; on a full disk that fails, and then nobody holds it."""
+        assert self._fd is not None
+        try:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, json.dumps({"pid": os.getpid(), "boot": boot_id()}).encode(), 0)
+        except OSError:
+            self.release()
+            raise
 
     def _take(self, fd: int) -> bool:
         if fcntl is not None:

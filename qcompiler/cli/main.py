@@ -47,7 +47,7 @@ class _CommandParser(_Parser):
 
     _inside = False
 
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+    def parse_known_args(self, args=None, namespace=None):
         if self._inside:
             return super().parse_known_args(args, namespace)
         self._inside = True
@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     # Both places work: `qcompiler --debug run …` and `qcompiler run … --debug`. SUPPRESS keeps the second from
     # resetting what the first has set.
-    common = argparse.ArgumentParser(add_help=False)
+    common = _CommandParser(add_help=False)
     common.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
     common.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="no progress and no notes")
     parser = _Parser(

@@ -251,3 +251,11 @@ def test_handlers_are_as_before_afterwards(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), ArtifactWriter(tmp_path / "out", overwrite=True):
         raise RuntimeError
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize("name", ["pwrite", "ftruncate", "mkdir"])
+def test_full_disk_before_the_first_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    nth_call_fails(monkeypatch, name, 1, errno.ENOSPC)
+    with pytest.raises(CapacityError, match="no space left"), ArtifactWriter(tmp_path / "out"):
+        pass
+    assert os.listdir(tmp_path) == []

@@ -32,7 +32,7 @@ def test_plain_lines_are_few_and_tell_the_time_left() -> None:
     assert lines[0] == "solve"
     assert 20 <= len(lines) <= 27, "one in two seconds"
     assert lines[2] == "solve                4/100  layer.4  21.4 dB  48s left"
-    assert lines[-1] == "solve                      100/100  layer.100  21.4 dB"
+    assert lines[-1] == "solve              100/100  layer.100  21.4 dB"
 
 
 def test_plain_slow_layers_give_a_line_each() -> None:
