@@ -6,8 +6,6 @@ in seconds. Heads are grouped where the architecture can group them.
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 import transformers
 
@@ -188,6 +186,3 @@ def tiny(model_type: str) -> transformers.PreTrainedModel:
         model.generation_config.do_sample = False
     return model
 
-
-def accepts(model: torch.nn.Module, name: str) -> bool:
-    return name in inspect.signature(model.forward).parameters

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 
 class Quiet(contextlib.AbstractContextManager["Quiet"]):
-    """Swallow stdout, logging below ERROR and warnings inside the block.
+    """Swallow stdout, logging and warnings inside the block: a failure is an exception, with its message.
 
     `aloud()` lifts the silence for a while: our own passes run inside the exporter and may report as they please.
     """
@@ -40,7 +40,7 @@ class Quiet(contextlib.AbstractContextManager["Quiet"]):
 
     def _silence(self) -> None:
         sys.stdout = io.StringIO()
-        logging.disable(max(self._level, logging.WARNING))
+        logging.disable(logging.CRITICAL)
         warnings.simplefilter("ignore")
 
     def _speak(self) -> None:
