@@ -23,9 +23,10 @@ def pipeline(recipe: Recipe) -> tuple[list[Pass], list[Pass]]:
     from qcompiler.passes.normalise.normalise_embedding import NormaliseEmbedding
     from qcompiler.passes.normalise.normalise_linear import NormaliseLinear
     from qcompiler.passes.normalise.strip_guards import StripGuards
+    from qcompiler.passes.normalise.widen_bfloat16 import WidenBfloat16
     from qcompiler.passes.rewrite.quantize_sites import QuantizeSites
 
-    normalise = [StripGuards(), NormaliseLinear(), NormaliseEmbedding()]
+    normalise = [StripGuards(), NormaliseLinear(), NormaliseEmbedding(), WidenBfloat16()]
     analyse = [FindSites(), FindGroups(), FindRoles(), AssignFormats()]
     return [*normalise, *analyse, *recipe.passes], [QuantizeSites()]
 

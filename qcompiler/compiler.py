@@ -40,12 +40,14 @@ class CompileResult:
         manifest: as written.
         layers: content of layers.json: one record a layer, what was left in float, totals.
         seconds: wall time.
+        quantizer: the graph as rewritten, the solutions and the trace, in memory.
     """
 
     path: Path
     manifest: dict[str, Any]
     layers: dict[str, Any]
     seconds: float
+    quantizer: Quantizer
 
 
 def compile(
@@ -109,7 +111,7 @@ def compile(
             **facts["manifest"],
         )
         writer.set_manifest(manifest)
-    return CompileResult(writer.target, manifest, facts["layers"], time.perf_counter() - start)
+    return CompileResult(writer.target, manifest, facts["layers"], time.perf_counter() - start, quantizer)
 
 
 def plan(

@@ -1,0 +1,107 @@
+"""Every architecture compiles to int4 and computes in ONNX Runtime what its own fake-quantized torch graph computes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch.fx import Interpreter, Node
+from torch.utils import _pytree
+
+import qcompiler
+from qcompiler.artifact.manifest import seal
+from qcompiler.capture.feeds import feed
+from qcompiler.ops.formats import Activation
+from qcompiler.ops.linear_nbit import quantize_activations
+from qcompiler.runtime.session import Session
+from tests.captures import Analysed, analysed
+from tests.models import ALWAYS, EXHAUSTIVE, is_decoder
+
+LENGTH = 24
+FLOAT, INT8 = 1e-4, 2e-2  # relative to the largest output
+
+
+class FakeQuantized(Interpreter):
+    """The float graph with every solved site replaced by float arithmetic on rounded numbers: no kernel of ours."""
+
+    def __init__(self, captured: Analysed, solutions: dict, schemes: dict, float_activations: bool):
+        super().__init__(captured.graph.module)
+        self.sites = {s.node: s for s in captured.graph.sites if s.name in solutions}
+        self.weights = {name: solution.dequantize() for name, solution in solutions.items()}
+        self.schemes, self.float_activations = schemes, float_activations
+
+    def run_node(self, node: Node):
+        site = self.sites.get(node)
+        if site is None:
+            return super().run_node(node)
+        arguments, _ = self.fetch_args_kwargs_from_env(node)
+        weight = self.weights[site.name]
+        if site.kind == "embedding":
+            return torch.nn.functional.embedding(arguments[1], weight)
+        x, activation = arguments[0], self.schemes[site.name].activation
+        if activation is not Activation.FLOAT and not self.float_activations:
+            q, scale = quantize_activations(x.reshape(-1, x.shape[-1]).numpy(), activation)
+            x = torch.from_numpy(q * scale).reshape(x.shape)
+        return torch.nn.functional.linear(x, weight, arguments[2] if len(arguments) > 2 else None)
+
+
+def with_float_activations(artifact: Path, copy: Path) -> Path:
+    """The same packed weights, read by the float kernels: the op's attribute says which."""
+    shutil.copytree(artifact, copy)
+    model = ir.load(copy / "model.onnx")
+    for node in model.graph.all_nodes():
+        if node.domain == "ai.qcompiler" and "activation" in node.attributes:
+            node.attributes["activation"] = ir.AttrInt64("activation", int(Activation.FLOAT))
+    ir.save(model, copy / "model.onnx")
+    content = (copy / "model.onnx").read_bytes()
+    manifest = json.loads((copy / "manifest.json").read_bytes())
+    manifest["files"]["model.onnx"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (copy / "manifest.json").write_bytes(seal({k: v for k, v in manifest.items() if k != "sha256"}))
+    return copy
+
+
+def outputs(artifact: Path, tokens: np.ndarray, decoder: bool) -> np.ndarray:
+    session = Session(artifact, threads=1)
+    if decoder:  # in pieces, so that the cache is read as well as written
+        logits = [session.prefill(tokens[: LENGTH - 2]), session.step(tokens[-2]), session.step(tokens[-1])]
+        return np.stack([np.atleast_2d(piece)[-1] for piece in logits])
+    return next(iter(session.run(input_ids=tokens[None]).values()))
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    assert found.shape == expected.shape
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("model_type", [*ALWAYS, *(pytest.param(t, marks=pytest.mark.slow) for t in EXHAUSTIVE)])
+def test_int4(model_type, tmp_path):
+    captured = analysed(model_type)
+    result = qcompiler.compile(captured.model, output=tmp_path / "out", recipe="int4", samples=0)
+    context = result.quantizer.context
+    assert {s.name for s in captured.graph.sites} == {s.name for s in result.quantizer.graph.sites}
+
+    totals = result.layers["totals"]
+    assert totals["coverage"] >= 0.95
+    for left in result.layers["left_in_float"]:
+        assert left["reason"], left
+
+    decoder = is_decoder(model_type)
+    tokens = np.random.default_rng(0).integers(3, 512, LENGTH)
+    feeds = _pytree.tree_leaves(feed(captured.prepared, torch.from_numpy(tokens)[None]))
+    found = {
+        "int8": outputs(tmp_path / "out", tokens, decoder),
+        "float": outputs(with_float_activations(tmp_path / "out", tmp_path / "float"), tokens, decoder),
+    }
+    for kind, bound in (("float", FLOAT), ("int8", INT8)):
+        fake = FakeQuantized(captured, context.solutions, context.schemes, kind == "float")
+        with torch.no_grad():
+            expected = fake.run(*feeds)[0].numpy()
+        if decoder:
+            expected = expected[0, -3:]
+        assert relative(found[kind], expected) <= bound, kind
