@@ -48,6 +48,8 @@ class OnnxDecoder:
                 raise UnsupportedError(
                     f"{artifact.path}: nothing is known to feed to the input {info.name!r} {list(info.shape)}"
                 )
+        if artifact.input("tokens") is None:
+            raise InputError(f"{artifact.path}: a decoder with no input of the role `tokens`")
         logits = [info for info in artifact.outputs if info.role == "logits"]
         if not logits or not isinstance(logits[0].shape[-1], int):
             raise InputError(f"{artifact.path}: no output with the role `logits` and a fixed last axis")
@@ -60,6 +62,10 @@ class OnnxDecoder:
         self._feeds = {info.name: self._feed(info, np.zeros(1, np.int64), 1) for info in self._inputs}
         for name, array in self._feeds.items():
             self._step.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+        by_role = {info.role: self._feeds[info.name] for info in self._inputs}
+        self._token = by_role["tokens"]
+        self._lengths = [by_role[role] for role in ("positions", "past_length") if role in by_role]
+        self._mask = artifact.input("mask")
         self._step_logits = np.empty((1, 1, self.vocabulary), self._logits.dtype)
         self._step_value = onnxruntime.OrtValue.ortvalue_from_numpy(self._step_logits)
         self._stale = True
@@ -94,14 +100,12 @@ class OnnxDecoder:
         return logits[0, -keep:].astype(np.float32, copy=False)
 
     def _run_step(self, tokens: np.ndarray) -> np.ndarray:
-        for info in self._inputs:
-            if info.role == "tokens":
-                self._feeds[info.name][...] = tokens
-            elif info.role in ("positions", "past_length"):
-                self._feeds[info.name][...] = self.length
-            elif info.role == "mask":
-                self._feeds[info.name] = self._feed(info, tokens, 1)
-                self._step.bind_cpu_input(info.name, self._feeds[info.name])
+        self._token[...] = tokens[0]
+        for array in self._lengths:
+            array.fill(self.length)
+        if self._mask is not None:
+            self._feeds[self._mask.name] = self._feed(self._mask, tokens, 1)
+            self._step.bind_cpu_input(self._mask.name, self._feeds[self._mask.name])
         if self._stale:
             self._step.clear_binding_outputs()
             self.cache.bind(self._step)

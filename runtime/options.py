@@ -36,8 +36,8 @@ def session_options(threads: int | None = None, *, portable: bool = False) -> on
 
     Args:
         threads: threads inside an operator; None leaves it to ONNX Runtime (one for each core).
-        portable: do not register the op library. The graph then runs through the function bodies that it carries,
-            exactly but slowly; said once in a warning.
+        portable: do not register the op library. The graph then runs through the function bodies that it carries:
+            the same to rounding, and slow; said once in a warning.
 
     Raises:
         LibraryError: the op library is missing or does not fit this version.
@@ -68,6 +68,6 @@ def _warn_portable() -> None:
     global _warned_portable
     if not _warned_portable:
         _warned_portable = True
-        text = "running without the op library: results are the same, but every quantized layer is decoded slowly"
+        text = "running without the op library: every quantized layer is decoded slowly (the results differ by rounding only)"
         _log.warning(text)
         warnings.warn(text, RuntimeWarning, stacklevel=4)
