@@ -13,8 +13,8 @@ from qcompiler.report.tables import Column, Document, Table, Text
 
 PLAN_COLUMNS = (
     Column("layer"),
-    Column("role"),
-    Column("shape", tables.shape, right=True),
+    Column("role", dispensable=2),
+    Column("shape", tables.shape, right=True, dispensable=1),
     Column("format"),
     Column("bits/weight", tables.decimals(2), right=True),
     Column("bytes", tables.count, right=True),

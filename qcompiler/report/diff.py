@@ -17,6 +17,7 @@ from qcompiler.report.tables import Column, Document, Table, Text
 # What a change of a layer is said in.
 KEYS = ("format", "activation", "method", "bytes", "weight_sqnr_db", "output_sqnr_db")
 _HEADINGS = {"weight_sqnr_db": "weight SQNR dB", "output_sqnr_db": "output SQNR dB"}
+_DISPENSABLE = {"method": 2, "activation": 1}
 
 # Keys of the manifest that say how two artifacts differ as a whole.
 _HEADER = ("qcompiler", "layout_version", "target", "kind", "model", "recipe", "context", "cache", "inputs", "outputs")
@@ -127,7 +128,8 @@ def _layer_blocks(layers: Mapping[str, Mapping[str, Any]]) -> list[Table | Text]
     shown = [key for key in KEYS if any(key in changes for changes in layers.values())]
     if not layers:
         return []
-    columns = [Column("layer"), Column(""), *(Column(_HEADINGS.get(key, key), _change, right=True) for key in shown)]
+    changes_of = [Column(_HEADINGS.get(k, k), _change, right=True, dispensable=_DISPENSABLE.get(k, 0)) for k in shown]
+    columns = [Column("layer"), Column("", dispensable=3), *changes_of]
     rows = [(name, changes["status"], *(changes.get(key) for key in shown)) for name, changes in layers.items()]
     return [Table("layers", columns, rows)]
 

@@ -14,19 +14,19 @@ from qcompiler.report.tables import Column, Document, Table, Text
 
 LAYER_COLUMNS = (
     Column("layer"),
-    Column("role"),
-    Column("shape", tables.shape, right=True),
+    Column("role", dispensable=3),
+    Column("shape", tables.shape, right=True, dispensable=2),
     Column("format"),
-    Column("method"),
-    Column("bits/weight", tables.decimals(2), right=True),
+    Column("method", dispensable=4),
+    Column("bits/weight", tables.decimals(2), right=True, dispensable=1),
     Column("bytes", tables.count, right=True),
-    Column("weight SQNR dB", tables.decimals(1), right=True),
-    Column("output SQNR dB", tables.decimals(1), right=True),
+    Column("weight dB", tables.decimals(1), right=True),
+    Column("output dB", tables.decimals(1), right=True),
 )
 
 PASS_COLUMNS = (
     Column("pass"),
-    Column("stage"),
+    Column("stage", dispensable=1),
     Column("matched", tables.count, right=True),
     Column("changed", tables.count, right=True),
     Column("skipped", tables.count, right=True),
@@ -64,7 +64,9 @@ def inspect_artifact(directory: Path, layer: str | None = None) -> Document:
     blocks: list[Table | Text] = [_header(records)]
     if layer is None and (recipe := records.text("recipe.yaml")):
         blocks.append(Text("recipe as resolved", recipe.rstrip("\n").split("\n")))
-    blocks.append(Table("layers", LAYER_COLUMNS, [layer_row(entry) for entry in layers]))
+    blocks.append(
+        Table("layers (SQNR of weight and output in dB)", LAYER_COLUMNS, [layer_row(entry) for entry in layers])
+    )
     blocks += _float_blocks(records, layers)
     if history is not None:
         blocks.append(Text("what each pass changed", _history_lines(history)))

@@ -15,11 +15,15 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its heading, how a value is written, and whether numbers stand to the right."""
+    """A column: its heading, how a value is written, and whether numbers stand to the right.
+
+    `dispensable`: a terminal too narrow for the table goes without the column of the highest number first; 0 stays.
+    """
 
     title: str
     write: Callable[[Any], str] = str
     right: bool = False
+    dispensable: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,17 +125,33 @@ def _show_rich(document: Document, stream: TextIO) -> None:
                 console.print(RichText(line, style=_line_style(line)), soft_wrap=True)
             console.print()
             continue
-        title = RichText(block.title, style="bold") if block.title else None
-        table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for number, column in enumerate(block.columns):
+        shown = _fitting(block, console.width)
+        hidden = len(block.columns) - len(shown)
+        more = f"  ({hidden} columns do not fit)" if hidden else ""
+        title = RichText(block.title, style="bold").append(more, style="dim") if block.title or more else None
+        table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        for number, column in enumerate(block.columns[i] for i in shown):
             # The name is what a row is about: it is the last to give way on a narrow terminal.
             justify: Literal["left", "right"] = "right" if column.right else "left"
             table.add_column(
                 column.title, justify=justify, no_wrap=number == 0, overflow="ellipsis" if number == 0 else "fold"
             )
         for row in block.cells():
-            table.add_row(*(RichText(cell) for cell in row))
+            table.add_row(*(RichText(row[i]) for i in shown))
         console.print(table)
+
+
+def _fitting(table: Table, width: int) -> list[int]:
+    """Which columns are shown on a terminal of that width."""
+    rows = [[column.title for column in table.columns], *table.cells()]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(table.columns))]
+    shown = list(range(len(table.columns)))
+    for leaving in sorted(shown, key=lambda i: -table.columns[i].dispensable):
+        # Two spaces between columns, one at either edge.
+        if sum(widths[i] + 2 for i in shown) + 1 <= width or not table.columns[leaving].dispensable:
+            break
+        shown.remove(leaving)
+    return shown
 
 
 def _line_style(line: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def test_inspect_plain(artifact: Path) -> None:
     for line in (
         "recipe      int4",
         "  group: 32",
-        "model.layers.0.self_attn.q_proj  attn.q  256×256  int4-g32-sym  rtn            4.50   36,864            21.4",
+        f"{fake.Q}  attn.q  256×256  int4-g32-sym  rtn            4.50   36,864       21.4       22.0",
         "000-capture           capture        0        0        0          0  100.0  256.0 MiB",
         "002-round_to_nearest  solve          1        1        0          0   12.5  512.0 MiB",
         "001-find_sites: skipped 2× the weight is no constant (mm_1, …)",
@@ -59,6 +60,19 @@ def test_inspect_on_a_terminal(artifact: Path) -> None:
     stream = Terminal()
     show(inspect_artifact(artifact), stream=stream)
     assert "\x1b[" in stream.getvalue() and "round_to_nearest" in stream.getvalue()
+
+
+def test_a_narrow_terminal_goes_without_some_columns(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faces = {}
+    for width in (80, 100, 160):
+        monkeypatch.setenv("COLUMNS", str(width))
+        stream = Terminal()
+        show(inspect_artifact(artifact), stream=stream)
+        faces[width] = stream.getvalue()
+        assert all(len(re.sub(r"\x1b\[[0-9;]*m", "", line)) <= width for line in faces[width].splitlines()[12:])
+        assert fake.Q in faces[width] and "int4-g32-sym" in faces[width] and "21.4" in faces[width]
+    assert "256×256" in faces[160] and "256×256" not in faces[80]
+    assert "columns do not fit" in faces[80] and "do not fit" not in faces[160]
 
 
 def test_inspect_json_golden(artifact: Path) -> None:
