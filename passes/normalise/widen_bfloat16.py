@@ -19,6 +19,7 @@ _ARITHMETIC = frozenset(
         aten.neg.default, aten.pow.Tensor_Scalar, aten.sub.Scalar, aten.sub.Tensor,
     }
 )  # fmt: skip
+_SUMS = frozenset({aten.add.Scalar, aten.add.Tensor, aten.sub.Scalar, aten.sub.Tensor})
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class WidenBfloat16(Pass):
             with module.graph.inserting_before(node):
                 for source in list(node.all_input_nodes):
                     node.replace_input_with(source, _widened(node, source))
+            node.args = tuple(_scalar(node, argument) for argument in node.args)
             with module.graph.inserting_after(node):
                 rounded = _cast(node, node, torch.bfloat16)
             node.replace_all_uses_with(rounded, delete_user_cb=lambda user, rounded=rounded: user is not rounded)
@@ -64,6 +66,13 @@ def _widened(node: Node, source: Node) -> Node:
     # PyTorch converts every operand to the common type first: positions beyond 256 are rounded here.
     narrow = source if _dtype(source) is torch.bfloat16 else _cast(source, node, torch.bfloat16)
     return _cast(narrow, node, torch.float32)
+
+
+def _scalar(node: Node, argument: object) -> object:
+    # PyTorch's sums round a Python number to bfloat16 first; its products and quotients do not.
+    if isinstance(argument, float) and node.target in _SUMS:
+        return torch.tensor(argument, dtype=torch.bfloat16).item()
+    return argument
 
 
 def _cast(source: Node, like: Node, dtype: torch.dtype) -> Node:
