@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import warnings
 
@@ -13,7 +12,6 @@ from qcompiler.runtime import library
 
 MINIMUM = (1, 21)
 
-_log = logging.getLogger(__name__)
 _warned_portable = False
 
 
@@ -68,6 +66,5 @@ def _warn_portable() -> None:
     global _warned_portable
     if not _warned_portable:
         _warned_portable = True
-        text = "running without the op library: every quantized layer is decoded slowly (the results differ by rounding only)"
-        _log.warning(text)
+        text = "running without the op library: slow, since every quantized layer is decoded; the same up to rounding"
         warnings.warn(text, RuntimeWarning, stacklevel=4)
