@@ -57,9 +57,7 @@ class ChatTemplate:
 
         data = _plain({"messages": list(messages), "tools": tools, "documents": None, **variables})
         try:
-            return self._template.render(
-                **{**self._variables, **data, "add_generation_prompt": add_generation_prompt}
-            )
+            return self._template.render(**{**self._variables, **data, "add_generation_prompt": add_generation_prompt})
         except jinja2.TemplateError as error:
             raise InputError(f"the chat template refused the messages: {error.message or error}") from error
         except Exception as error:  # whatever the program that a template is runs into
@@ -125,9 +123,7 @@ def compile_template(source: str, where: str = "the chat template") -> Any:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals.update(
-        raise_exception=refuse, strftime_now=_now, dict=plain_dict, namespace=namespace
-    )
+    environment.globals.update(raise_exception=refuse, strftime_now=_now, dict=plain_dict, namespace=namespace)
     try:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:

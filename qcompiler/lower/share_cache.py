@@ -219,8 +219,9 @@ def _replace_reads(graph: ir.Graph, reads: Sequence[_Read], past_length: ir.Valu
 
 
 def _declare_capacity(graph: ir.Graph, layers: Sequence[CacheLayer]) -> None:
-    names = {name for layer in layers
-             for name in (layer.past_key, layer.past_value, layer.present_key, layer.present_value)}
+    names = {
+        name for layer in layers for name in (layer.past_key, layer.past_value, layer.present_key, layer.present_value)
+    }
     for value in (*graph.inputs, *graph.outputs):
         if value.name in names and value.shape is not None:
             dims = list(value.shape)

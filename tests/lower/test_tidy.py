@@ -70,9 +70,7 @@ def test_every_decoder_is_the_same_after_all_of_it(model_type: str, tmp_path: Pa
     share_cache(model)
     tidy(model)
     keep_last_logits(model)
-    assert_same_runs(
-        Runner(ir.load(path), tmp_path, "original"), Runner(model, tmp_path, "tidy"), VOCABULARY, tol=1e-5
-    )
+    assert_same_runs(Runner(ir.load(path), tmp_path, "original"), Runner(model, tmp_path, "tidy"), VOCABULARY, tol=1e-5)
 
 
 # ---- what is proven, and what is not

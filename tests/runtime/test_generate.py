@@ -109,9 +109,7 @@ def test_the_context_bounds_prompt_and_tokens(session: Session) -> None:
     assert len(list(generation)) <= 4
 
 
-def test_an_interrupted_generation_leaves_the_session_usable(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_generation_leaves_the_session_usable(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = [token.id for token in generate(session, PROMPT, max_tokens=10)]
     real, calls = session.decoder.run, []
 
