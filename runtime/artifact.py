@@ -144,8 +144,8 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{source} cannot be read as JSON: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found: object = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise InputError(f"{source}: format is {found!r}, expected {FORMAT!r}; this is not an artifact of qcompiler")
+        claimed = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise InputError(f"{source}: format is {claimed!r}, expected {FORMAT!r}; this is not an artifact of qcompiler")
     schema = manifest.get("schema")
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
         raise InputError(f"{source}: schema is {schema!r}, expected a number from 1 to {SCHEMA}")
@@ -304,12 +304,17 @@ class _Reader:
         for index, item in enumerate(self.sequence(table.get("layers"), "cache.layers")):
             at = f"cache.layers[{index}]"
             item = self.table(item, at)
-            names = [
-                self.text(item.get(key), f"{at}.{key}")
-                for key in ("past_key", "past_value", "present_key", "present_value")
-            ]
-            heads, head_dim = (self.number(item.get(key), f"{at}.{key}") for key in ("heads", "head_dim"))
-            layers.append(CacheLayer(*names, heads, head_dim, self.text(item.get("dtype"), f"{at}.dtype")))
+            layers.append(
+                CacheLayer(
+                    past_key=self.text(item.get("past_key"), f"{at}.past_key"),
+                    past_value=self.text(item.get("past_value"), f"{at}.past_value"),
+                    present_key=self.text(item.get("present_key"), f"{at}.present_key"),
+                    present_value=self.text(item.get("present_value"), f"{at}.present_value"),
+                    heads=self.number(item.get("heads"), f"{at}.heads"),
+                    head_dim=self.number(item.get("head_dim"), f"{at}.head_dim"),
+                    dtype=self.text(item.get("dtype"), f"{at}.dtype"),
+                )
+            )
         return CacheInfo(kind, past_length, tuple(layers))
 
     def fail(self, key: str, found: object, expected: str) -> None:
