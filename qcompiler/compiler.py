@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -89,6 +90,10 @@ def compile(
     chosen = _recipe(recipe, strict_groups)
     if target not in TARGETS:
         raise UsageError(f"unknown target {target!r}; known: {', '.join(TARGETS)}")
+    if target == "onnx-stock":
+        from qcompiler.lower.stock import check_recipe
+
+        check_recipe(chosen)
     source_dir = Path(model) if isinstance(model, (str, Path)) and Path(model).is_dir() else None
     writer = ArtifactWriter(output, overwrite=overwrite, source_dir=source_dir)
     writer.check()
@@ -231,11 +236,10 @@ def _emit_onnx(writer: ArtifactWriter, prepared: Prepared, quantizer: Quantizer,
     program = prepared.export_onnx(quantizer)
     reporter.stage("lower")
     lowered = lower(program, decoder=prepared.kind == "decoder")
-    packed = packed_totals(lowered.model)
     if target == "onnx-stock":
-        from qcompiler.lower.stock import to_stock
-
-        to_stock(lowered.model)
+        packed = _to_stock(lowered.model, quantizer)
+    else:
+        packed = packed_totals(lowered.model)
     inputs, outputs = ports(lowered.model)
     reporter.stage("write")
     writer.reserve(external_bytes(lowered.model))
@@ -253,6 +257,24 @@ def _emit_onnx(writer: ArtifactWriter, prepared: Prepared, quantizer: Quantizer,
             "unfused": lowered.unfused,
         },
     }
+
+
+def _to_stock(model: Any, quantizer: Quantizer) -> dict[str, int]:
+    """Lower to stock ops; the layers' records then tell what their tensors take there. Totals by kind."""
+    from qcompiler.lower.stock import to_stock
+    from qcompiler.pipeline.accounting import KINDS, layer_records
+    from qcompiler.pipeline.manager import peak_rss_bytes
+
+    start = time.perf_counter()
+    weights = to_stock(model)
+    layers = {}
+    for record in layer_records(quantizer):
+        if record["format"] != "float32":
+            size = sum(weights[f"{record['packed_as']}.codes"].values())
+            layers[record["name"]] = {"bytes": size, "bits_per_weight": round(8 * size / math.prod(record["shape"]), 4)}
+    timing = {"milliseconds": 1000 * (time.perf_counter() - start), "peak_rss_bytes": peak_rss_bytes()}
+    quantizer.trace.add_numbers("to_stock", "lower", layers, {}, timing)
+    return {key: sum(sizes[key] for sizes in weights.values()) for key in KINDS}
 
 
 def _port(port: Any) -> dict[str, Any]:

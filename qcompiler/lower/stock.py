@@ -45,14 +45,35 @@ def check_recipe(recipe: Recipe) -> None:
 
 @dataclass
 class StockWeight:
-    """A weight in the layout of MatMulNBits: initializers, and the bytes that each takes."""
+    """A weight `[n, k]` in the layout of MatMulNBits.
 
+    Attributes:
+        codes, scales, zeros: initializers; no zeros where the format is symmetric.
+        points: zero points as an embedding looks them up, one byte each; made when the first one does.
+    """
+
+    n: int
+    k: int
+    bits: int
+    block: int
     codes: ir.Value
     scales: ir.Value
     zeros: ir.Value | None
-    block: int
-    bits: int
-    bytes: dict[str, int]
+    points: ir.Value | None = None
+
+    def bytes(self) -> dict[str, int]:
+        """Size of the tensors that some node reads, by what they are."""
+        stored, codes = _read_bytes(self.codes), -(-self.n * self.k * self.bits // 8)
+        return {
+            "codes": codes,
+            "scales": _read_bytes(self.scales),
+            "zeros": _read_bytes(self.zeros) + _read_bytes(self.points),
+            "padding": stored - codes,
+        }
+
+
+def _read_bytes(value: ir.Value | None) -> int:
+    return value.const_value.nbytes if value is not None and value.uses() else 0
 
 
 def to_stock(model: ir.Model) -> dict[str, dict[str, int]]:
@@ -82,7 +103,7 @@ def to_stock(model: ir.Model) -> dict[str, dict[str, int]]:
     model.graph.opset_imports.setdefault(MICROSOFT, 1)
     for value in [v for v in model.graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
         del model.graph.initializers[value.name]
-    return {name: weight.bytes for name, weight in weights.items()}
+    return {name: weight.bytes() for name, weight in weights.items()}
 
 
 def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
@@ -119,14 +140,13 @@ def _convert(graph: ir.Graph, node: ir.Node) -> StockWeight:
     scales = np.ascontiguousarray(np.broadcast_to(scales, (n, blocks)))
     base = node.inputs[1].name.removesuffix("codes")
     array = _pack(padded.reshape(n, blocks, block), bits)
-    sizes = {"codes": -(-n * k * bits // 8), "scales": scales.nbytes, "zeros": 0, "padding": array.nbytes - -(-n * k * bits // 8)}
     zeros = None
     if packed_zeros is not None:
         points = layout.unpack_zeros(packed_zeros.const_value.numpy(), n, bits).astype(np.int16) + shift
         packed = _pack(np.broadcast_to(points, (n, blocks)).astype(np.uint8), bits)
-        sizes["zeros"] = packed.nbytes
         zeros = _initializer(graph, f"{base}zero_points", packed)
-    return StockWeight(_initializer(graph, f"{base}blocks", array), _initializer(graph, f"{base}block_scales", scales), zeros, block, bits, sizes)
+    blocked, scaled = _initializer(graph, f"{base}blocks", array), _initializer(graph, f"{base}block_scales", scales)
+    return StockWeight(n, k, bits, block, blocked, scaled, zeros)
 
 
 def _linear(graph: ir.Graph, node: ir.Node, weight: StockWeight) -> ir.Value:
@@ -138,6 +158,7 @@ def _linear(graph: ir.Graph, node: ir.Node, weight: StockWeight) -> ir.Value:
     if weight.zeros is not None:
         inputs.append(weight.zeros)
     new = ir.node("MatMulNBits", inputs, attributes=attributes, domain=MICROSOFT, name=node.name)
+    new.metadata_props.update(node.metadata_props)
     nodes, output = [new], new.outputs[0]
     bias = node.inputs[4] if len(node.inputs) > 4 else None
     if bias is not None:
@@ -166,11 +187,11 @@ def _embedding(graph: ir.Graph, node: ir.Node, weight: StockWeight) -> ir.Value:
     if weight.zeros is None:
         q = tape.op("Sub", [q, constant(128 if weight.bits == 8 else 2 ** (weight.bits - 1), np.float32)])
     else:
-        points = layout.unpack_zeros(node.inputs[3].const_value.numpy(), n, weight.bits).astype(np.float32)
-        blocks = weight.scales.shape[1]
-        wide = np.broadcast_to(points + (128 if weight.bits == 8 else 0), (n, blocks)).astype(np.uint8)
-        table = _initializer(graph, f"{weight.codes.name}_points", np.ascontiguousarray(wide))
-        z = tape.op("Cast", [tape.op("Gather", [table, node.inputs[0]], {"axis": 0})], {"to": ir.DataType.FLOAT})
+        if weight.points is None:
+            points = layout.unpack_zeros(node.inputs[3].const_value.numpy(), n, weight.bits).astype(np.int16)
+            wide = np.broadcast_to(points + (128 if weight.bits == 8 else 0), (n, weight.scales.shape[1]))
+            weight.points = _initializer(graph, f"{weight.codes.name}_points", np.ascontiguousarray(wide.astype(np.uint8)))
+        z = tape.op("Cast", [tape.op("Gather", [weight.points, node.inputs[0]], {"axis": 0})], {"to": ir.DataType.FLOAT})
         q = tape.op("Sub", [q, tape.op("Unsqueeze", [z, constant([rank + 1], np.int64)])])
     s = tape.op("Gather", [weight.scales, node.inputs[0]], {"axis": 0})
     w = tape.op("Mul", [q, tape.op("Unsqueeze", [s, constant([rank + 1], np.int64)])])

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qcompiler.quantizer import Quantizer
 
 SCHEMA = 1
+KINDS = ("codes", "scales", "zeros", "padding")  # what the bytes of a packed weight are
 
 
 def layer_records(quantizer: Quantizer) -> list[dict[str, Any]]:
@@ -91,7 +92,7 @@ def _once(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def planned_totals(quantizer: Quantizer) -> dict[str, int]:
     """Bytes that the packed weights take, from their shapes and formats alone."""
-    totals = {"codes": 0, "scales": 0, "zeros": 0, "padding": 0}
+    totals = dict.fromkeys(KINDS, 0)
     for record in _once(layer_records(quantizer)):
         if record["format"] != "float32":
             format = AffineFormat(record["bits"], record["group"], record["symmetric"])
@@ -103,7 +104,7 @@ def planned_totals(quantizer: Quantizer) -> dict[str, int]:
 def packed_totals(model: ir.Model) -> dict[str, int]:
     """Bytes of the packed weights that the nodes of our domain read, by kind, each tensor once."""
     by_name = {spec.onnx_name: spec for spec in SPECS.values()}
-    totals = {"codes": 0, "scales": 0, "zeros": 0, "padding": 0}
+    totals = dict.fromkeys(KINDS, 0)
     seen: set[int] = set()
     for node in model.graph.all_nodes():
         if node.domain != DOMAIN or id(node.inputs[1]) in seen:
