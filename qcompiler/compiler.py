@@ -201,12 +201,12 @@ def _samples(
     loaded: Loaded | None, prepared: Prepared, text: Any, samples: int, length: int | None
 ) -> Callable[[], Iterable[dict[str, Any]]]:
     """Calibration samples as arguments of the graph; the example alone where there is no tokenizer."""
-    from qcompiler.capture.feeds import feed, takes_tokens
+    from qcompiler.capture.feeds import arguments, feed, takes_tokens
 
     if samples < 1:
         return tuple
     if loaded is None or not loaded.tokenizer_files or not takes_tokens(prepared):
-        return lambda: [prepared.example()]
+        return lambda: [arguments(prepared)]
 
     def read() -> Iterable[dict[str, Any]]:
         import torch

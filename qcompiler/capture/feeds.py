@@ -18,6 +18,11 @@ def takes_tokens(prepared: Prepared) -> bool:
     return TOKENS in prepared.inputs
 
 
+def arguments(prepared: Prepared) -> dict[str, Any]:
+    """A fresh copy of the inputs that the graph takes; flags such as `use_cache` were fixed when it was captured."""
+    return {name: value for name, value in prepared.example().items() if name in prepared.dynamic_shapes}
+
+
 def feed(prepared: Prepared, tokens: torch.Tensor) -> dict[str, Any]:
     """Keyword arguments that run `tokens` through the captured graph from the beginning, the cache empty.
 
@@ -31,7 +36,7 @@ def feed(prepared: Prepared, tokens: torch.Tensor) -> dict[str, Any]:
     if not takes_tokens(prepared):
         raise UnsupportedError(f"{prepared.description}: takes no token ids; give example inputs instead")
     batch, length = tokens.shape
-    example = prepared.example()
+    example = arguments(prepared)
     sizes = {"batch": batch, "length": length, "past_length": 0, "total_length": length}
     return {name: _argument(name, value, prepared.axes, sizes, tokens) for name, value in example.items()}
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import _pytree
 from transformers.exporters.utils import get_leaf_tensors
 
+from qcompiler.capture.feeds import arguments
 from qcompiler.capture.ports import Port, input_port, output_port
 from qcompiler.capture.prepared import Prepared
 from qcompiler.errors import UnsupportedError
@@ -24,31 +24,21 @@ def flatten(program: torch.export.ExportedProgram, prepared: Prepared) -> torch.
         UnsupportedError: torch cannot export the flat graph.
     """
     module = program.module(check_guards=False)
-    leaves = [leaf for leaf in _pytree.tree_leaves(prepared.example())]
-    keep = [index for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    for index, node in enumerate(placeholders):
-        if index not in keep and not node.users:
-            module.graph.erase_node(node)
+    tensors = tuple(get_leaf_tensors(arguments(prepared)).values())
     module.graph.set_codegen(torch.fx.graph.CodeGen())
     module = torch.fx.GraphModule(module, module.graph)  # without the hook that checks the nested arguments
-    shapes = tuple(dict.fromkeys(prepared.axes.get(path, {}), torch.export.Dim.AUTO) for path in get_leaf_tensors(prepared.inputs))
-    tensors = tuple(leaves[index] for index in keep)
+    shapes = tuple(dict.fromkeys(prepared.axes.get(path, {}), torch.export.Dim.AUTO) for path in get_leaf_tensors(arguments(prepared)))
     try:
-        return torch.export.export(module, tensors, dynamic_shapes=(shapes,) if _variadic(module) else shapes, strict=False)
+        return torch.export.export(module, tensors, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise UnsupportedError(f"{prepared.description}: torch cannot export the quantized graph: {type(error).__name__}: {error}") from error
-
-
-def _variadic(module: torch.fx.GraphModule) -> bool:
-    return any(str(node.target).startswith("*") for node in module.graph.nodes if node.op == "placeholder")
 
 
 def ports(prepared: Prepared) -> tuple[list[Port], list[Port]]:
     """Inputs and outputs of the flat program, in order, with what each means."""
     inputs = [
         input_port(path, _shape(tensor, prepared.axes.get(path, {})), _dtype(tensor))
-        for path, tensor in get_leaf_tensors(prepared.inputs).items()
+        for path, tensor in get_leaf_tensors(arguments(prepared)).items()
     ]
     with torch.no_grad():
         results: Any = prepared.module(**prepared.example())
