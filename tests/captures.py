@@ -70,7 +70,7 @@ class Stepper:
 
     def __init__(self, module: torch.nn.Module, prepared: Prepared) -> None:
         self.module = module
-        self.example = {k: v for k, v in prepared.example().items() if k not in ("use_cache", "return_dict")}
+        self.example = prepared.example()
         self.past = 0
         self.cache = copy.deepcopy(self.example["past_key_values"])
         axes = prepared.axes["past_key_values.layers.0.keys"]

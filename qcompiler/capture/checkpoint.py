@@ -165,18 +165,23 @@ def _model(directory: Path, config: PreTrainedConfig, values: dict[str, Any]) ->
         with _silent():
             model, info = loader.from_pretrained(
                 directory, config=config, dtype=torch.float32, local_files_only=True, use_safetensors=True,
-                trust_remote_code=False, output_loading_info=True,
+                trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
     except Exception as error:
         raise InputError(f"{directory} cannot be loaded: {last_message(error)}") from error
+    # Loaded in spite of them, so that they can be named; such a model holds made-up weights and goes no further.
+    misfits = [
+        f"{name} is {list(found)}, expected {list(expected)}"
+        for name, found, expected in sorted(info["mismatched_keys"])
+    ]
+    misfits += [str(message) for message in info.get("error_msgs") or ()]
+    if misfits:
+        raise InputError(f"{directory} does not fit {type(model).__name__}: {_few(misfits)}")
     missing = sorted(info["missing_keys"])
     if missing:
         raise InputError(
             f"{directory} lacks {len(missing)} weights that {type(model).__name__} needs: {_few(missing)}"
         )
-    if info.get("mismatched_keys") or info.get("error_msgs"):
-        found = [str(item) for item in [*info.get("mismatched_keys", ()), *info.get("error_msgs", ())]]
-        raise InputError(f"{directory} does not fit {type(model).__name__}: {_few(found)}")
     unused = sorted(info["unexpected_keys"])
     return model, [f"{len(unused)} tensors of the checkpoint are not used: {_few(unused)}"] if unused else []
 

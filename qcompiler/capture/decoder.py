@@ -42,13 +42,14 @@ def prepare_decoder(model: PreTrainedModel) -> Prepared:
             raise UnsupportedError(f"{description}: no step of generation could be run: {last_message(error)}") from error
     register_cache_pytrees_for_model(model)
     axes = _axes(inputs, get_leaf_tensors(outputs), description)
-    inputs = {name: value for name, value in inputs.items() if value is not None}
-    shapes = {name: _dynamic(name, value, axes) for name, value in inputs.items() if name not in _FLAGS}
-    return Prepared(part, inputs, shapes, "decoder", description, axes)
+    switches = {"use_cache": True, "return_dict": True}
+    inputs = {name: value for name, value in inputs.items() if name not in _SWITCHES and value is not None}
+    shapes = {name: _dynamic(name, value, axes) for name, value in inputs.items()}
+    return Prepared(part, inputs, shapes, "decoder", description, axes, switches)
 
 
 # Taken out of the arguments by the exporter and set on the configuration instead.
-_FLAGS = ("use_cache", "output_attentions", "output_hidden_states", "return_dict", "return_loss")
+_SWITCHES = ("use_cache", "output_attentions", "output_hidden_states", "return_dict", "return_loss")
 
 
 def _check_cache(model: PreTrainedModel, description: str) -> None:

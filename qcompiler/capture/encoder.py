@@ -28,7 +28,5 @@ def prepare_encoder(model: PreTrainedModel) -> Prepared:
     axes = {name: {0: "batch", 1: "length"} for name in inputs}
     shapes = {name: dict.fromkeys(names, torch.export.Dim.AUTO) for name, names in axes.items()}
     # A decoder's backbone used as an encoder would return a cache that nobody reads.
-    switches = {"use_cache": False} if "use_cache" in accepted else {}
-    if "return_dict" in accepted:
-        switches["return_dict"] = True
-    return Prepared(model, {**inputs, **switches}, shapes, "encoder", model.config.model_type, axes)
+    switches = {"use_cache": False, "return_dict": True}
+    return Prepared(model, inputs, shapes, "encoder", model.config.model_type, axes, switches)

@@ -22,7 +22,7 @@ from qcompiler.errors import QCompilerError, UnsupportedError
 def export_onnx(prepared: Prepared, quantizer: ExportQuantizer | None) -> onnx_ir.Model:
     with _exporting(prepared, quantizer, "ONNX") as ours:
         config = OnnxConfig(dynamic=True, dynamic_shapes=prepared.dynamic_shapes, quantizer=ours)
-        model = OnnxExporter().export(prepared.module, prepared.example(), config).program
+        model = OnnxExporter().export(prepared.module, prepared.arguments(), config).program
     name_dimensions(model, prepared.axes)
     return model
 
@@ -30,7 +30,7 @@ def export_onnx(prepared: Prepared, quantizer: ExportQuantizer | None) -> onnx_i
 def export_torch(prepared: Prepared, quantizer: ExportQuantizer | None) -> torch.export.ExportedProgram:
     with _exporting(prepared, quantizer, "torch.export") as ours:
         config = DynamoConfig(dynamic=True, dynamic_shapes=prepared.dynamic_shapes, quantizer=ours)
-        return DynamoExporter().export(prepared.module, prepared.example(), config).program
+        return DynamoExporter().export(prepared.module, prepared.arguments(), config).program
 
 
 class _Loud(ExportQuantizer):

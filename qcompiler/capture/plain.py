@@ -33,7 +33,7 @@ def prepare_module(module: torch.nn.Module, example: Any, dynamic_shapes: dict[s
         unknown = sorted(set(shapes) - set(inputs))
         if unknown:
             raise UsageError(f"dynamic_shapes names {unknown}, which are no inputs; the inputs are {sorted(inputs)}")
-    return Prepared(module, inputs, shapes, "module", description, _names(shapes), notes)
+    return Prepared(module, inputs, shapes, "module", description, _names(shapes), notes=notes)
 
 
 def keyword_arguments(module: torch.nn.Module, example: Any) -> dict[str, Any]:

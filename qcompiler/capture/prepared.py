@@ -26,6 +26,7 @@ class Prepared:
         kind: `decoder`, `encoder` or `module`.
         description: what the model is, for messages: `llama`, or the class of a plain module.
         axes: names of the axes that vary, by input path: `{"input_ids": {0: "batch", 1: "length"}}`.
+        switches: arguments that choose what the model returns and are no inputs of the graph, such as `use_cache`.
         notes: what had to be decided on the way, one sentence each.
     """
 
@@ -35,11 +36,16 @@ class Prepared:
     kind: Kind
     description: str
     axes: dict[str, dict[int, str]]
+    switches: dict[str, bool] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def example(self) -> dict[str, Any]:
         """A fresh copy of the inputs: a forward pass writes into the cache that it is given."""
         return copy.deepcopy(self.inputs)
+
+    def arguments(self) -> dict[str, Any]:
+        """What the module itself is called with: a fresh copy of the inputs, and the switches."""
+        return {**self.example(), **self.switches}
 
     def export_onnx(self, quantizer: ExportQuantizer | None = None) -> onnx_ir.Model:
         """The model as ONNX, rewritten on the way by `quantizer`; axes carry the names in `axes`."""

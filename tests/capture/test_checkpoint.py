@@ -206,7 +206,7 @@ def test_a_missing_weight_is_never_made_up(checkpoint: Path) -> None:
 
 def test_a_weight_of_another_shape(checkpoint: Path) -> None:
     change_weights(checkpoint, lambda weights: weights.update({NORM: torch.ones(5)}))
-    refused(checkpoint, InputError, "cannot be loaded")
+    refused(checkpoint, InputError, "does not fit LlamaForCausalLM", f"{NORM} is [5], expected [16]")
 
 
 @pytest.mark.parametrize("bad, word", [(float("nan"), "NaN"), (float("inf"), "infinity"), (float("-inf"), "infinity")])
