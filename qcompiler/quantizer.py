@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from qcompiler.graph.graph import Graph, Kind
 from qcompiler.ops.onnx_ops import register
 from qcompiler.passes import pipeline
 from qcompiler.pipeline.context import Context
-from qcompiler.pipeline.manager import PassManager, peak_rss_bytes
+from qcompiler.pipeline.manager import PassManager
 from qcompiler.pipeline.probe import output_sqnr
 from qcompiler.pipeline.trace import Trace
 from qcompiler.recipe.schema import Recipe
@@ -68,29 +67,27 @@ class Quantizer(ExportQuantizer):
         Raises:
             GateError: a pass matched nothing, fell back, or coverage is below what the recipe asks for.
         """
-        start = time.perf_counter()
         kind = self.kind or ("decoder" if any("past" in name for name in sample_inputs) else "encoder")
         graph = self.graph = Graph(model, kind, sample_inputs)
         calibration = self.calibration_dataset
         samples = self.samples or (lambda: calibration if calibration is not None else [sample_inputs])
         context = self.context = Context(self.recipe, self.reporter, samples=samples)
         manager = PassManager(self.trace, self.verify_each)
-        manager.capture(graph, {"milliseconds": 1000 * (time.perf_counter() - start), "peak_rss_bytes": peak_rss_bytes()})
+        manager.capture(graph)
         before, after = pipeline(self.recipe)
         manager.run(graph, context, before)
         self._check_coverage()
-        self._probe(graph, context)
+        self._probe(graph, context, manager)
         manager.run(graph, context, after)
         return graph.module
 
-    def _probe(self, graph: Graph, context: Context) -> None:
+    def _probe(self, graph: Graph, context: Context, manager: PassManager) -> None:
         self.reporter.stage("measure_outputs")
-        start = time.perf_counter()
-        layers = {name: {"output_sqnr_db": value} for name, value in output_sqnr(graph, context).items()}
+        with manager.watched(graph) as timing:
+            layers = {name: {"output_sqnr_db": value} for name, value in output_sqnr(graph, context).items()}
         for name, values in layers.items():
             if values["output_sqnr_db"] != values["output_sqnr_db"]:
                 raise InputError(f"layer {name}: its output is not finite on the calibration samples")
-        timing = {"milliseconds": 1000 * (time.perf_counter() - start), "peak_rss_bytes": peak_rss_bytes()}
         self.trace.add_numbers("measure_outputs", "solve", layers, {}, timing)
 
     def _check_coverage(self) -> None:

@@ -33,7 +33,7 @@ class AssignFormats(Pass):
             elif k > LARGEST_K:
                 context.left_in_float[site.name] = f"rows of {k} weights; the kernels sum at most {LARGEST_K}"
             else:
-                if context.recipe.strict_groups and scheme.group and k % scheme.group:
+                if context.recipe.strict_groups and scheme.weight_format.group and k % scheme.weight_format.group:
                     raise UsageError(f"layer {site.name}: rows of {k} do not divide into groups of {scheme.group}, and the recipe says strict_groups")
                 context.schemes[site.name] = scheme
                 report.layers[site.name] = {"format": scheme.weight_format.label, "activation": scheme.activations}

@@ -45,7 +45,8 @@ class RoundToNearest(Pass):
             else:
                 weight = graph.constant(site.weight).detach()
                 try:
-                    solution = affine.fit(weight, context.schemes[site.name].weight_format, self.clipping, self.norm)
+                    scheme = context.schemes[site.name]
+                    solution = affine.fit(weight, scheme.weight_format, self.clipping, self.norm, scheme.per_tensor)
                 except ValueError as error:
                     raise InputError(f"layer {site.name}: {error}") from error
                 report.layers[site.name] = {"weight_sqnr_db": affine.sqnr_db(weight, solution.dequantize())}

@@ -11,6 +11,8 @@ from qcompiler.ops.formats import AffineFormat
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16: a scale never underflows to 0 under a weight that is not
 LARGEST_SCALE = 65504.0
 
+CHUNK = 2**17  # elements that are fitted at once: the search goes over them 31 times, from the processor's cache
+
 # Factors on the min-max range that the MSE search tries; 1 is among them, so the search never loses to min-max.
 SHRINK = torch.linspace(1.0, 0.4, 31, dtype=torch.float64)
 
@@ -70,10 +72,12 @@ def zero_point(low: torch.Tensor, scale: torch.Tensor, format: AffineFormat) -> 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, format: AffineFormat) -> torch.Tensor:
     """q = clamp(round(x / S) + Z), as float; symmetric 8 bits use [−127, 127]."""
-    code_low, code_high = format.code_range
-    if format.bits == 8 and format.symmetric:
-        code_low = -127
-    return (torch.round(x / scale) + zero).clamp(code_low, code_high)
+    return (torch.round(x / scale) + zero).clamp(*_range(format))
+
+
+def _range(format: AffineFormat) -> tuple[int, int]:
+    low, high = format.code_range
+    return (-127, high) if format.bits == 8 and format.symmetric else (low, high)
 
 
 def _to_half(scale: torch.Tensor) -> torch.Tensor:
@@ -91,7 +95,9 @@ def _grouped(weight: torch.Tensor, format: AffineFormat) -> torch.Tensor:
     return weight.reshape(n, -1, width)
 
 
-def fit(weight: torch.Tensor, format: AffineFormat, clipping: str = "mse", norm: float = 2.0) -> AffineWeight:
+def fit(
+    weight: torch.Tensor, format: AffineFormat, clipping: str = "mse", norm: float = 2.0, per_tensor: bool = False
+) -> AffineWeight:
     """Round to nearest with a chosen clipping range a group.
 
     The grid of a symmetric format of few bits has one code more below zero than above. With `mse` each group is turned so
@@ -103,12 +109,18 @@ def fit(weight: torch.Tensor, format: AffineFormat, clipping: str = "mse", norm:
         clipping: `minmax`, or `mse`: the factor of `SHRINK` on the range that makes Σ |w − w̃|^norm least, a group each,
             with the scale already rounded to float16.
         norm: exponent of the search.
+        per_tensor: one scale (and zero point) for the whole matrix, stored with every row; the format's group is 0.
 
     Raises:
         ValueError: a range whose scale float16 cannot hold.
     """
     n, k = weight.shape
-    rows = max(1, 2**19 // max(k, 1))
+    if per_tensor:
+        codes, scale, zero = _fit_rows(weight.float().reshape(1, -1), format, clipping, norm)
+        dtype = torch.int8 if format.bits == 8 else torch.uint8
+        zeros = None if format.symmetric else zero.to(dtype).expand(n, 1).contiguous()
+        return AffineWeight(codes.reshape(n, k).to(dtype), scale.half().expand(n, 1).contiguous(), zeros, format)
+    rows = max(1, CHUNK // max(k, 1))
     parts = [_fit_rows(weight[i : i + rows].float(), format, clipping, norm) for i in range(0, n, rows)]
     dtype = torch.int8 if format.bits == 8 else torch.uint8
     codes = torch.cat([p[0] for p in parts]).to(dtype)
@@ -120,41 +132,54 @@ def fit(weight: torch.Tensor, format: AffineFormat, clipping: str = "mse", norm:
 def _fit_rows(weight: torch.Tensor, format: AffineFormat, clipping: str, norm: float) -> tuple[torch.Tensor, ...]:
     n, k = weight.shape
     w = _grouped(weight, format)
-    weight_of_column = torch.ones(w.shape[1:], dtype=w.dtype)  # the repeated columns of a short group do not count
-    weight_of_column.view(-1)[k:] = 0
+    weight_of_column = None
+    if w.shape[1] * w.shape[2] > k:  # the repeated columns of a short group do not count
+        weight_of_column = torch.ones(w.shape[1:], dtype=w.dtype)
+        weight_of_column.view(-1)[k:] = 0
     low, high = w.amin(dim=2).clamp(max=0), w.amax(dim=2).clamp(min=0)
     turn = torch.ones_like(low)
     if clipping == "mse" and format.symmetric and format.bits < 8:
         turn = torch.where(high > -low, -turn, turn)
         w = w * turn[..., None]
 
-    def candidate(factor: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def candidate(factor: float) -> tuple[torch.Tensor, torch.Tensor]:
         scale, _ = scale_and_zero(low * factor, high * factor, format)
         scale = _to_half(scale)
-        zero = torch.full_like(scale, format.center) if format.symmetric else zero_point(low * factor, scale, format)
-        return scale, zero, quantize(w, scale[..., None], zero[..., None], format)
+        return scale, torch.full_like(scale, format.center) if format.symmetric else zero_point(low * factor, scale, format)
 
-    scale, zero, codes = candidate(1.0)
+    scale, zero = candidate(1.0)
     if not torch.isfinite(scale).all():
         raise ValueError(f"a group has a range of {float((high - low).max()):.3g}; float16 scales hold at most {LARGEST_SCALE:g}")
     if clipping == "mse":
-        best = _error(w, scale, zero, codes, weight_of_column, norm)
+        buffer = torch.empty_like(w)
+        best = _error(w, scale, zero, format, weight_of_column, norm, buffer)
         for factor in SHRINK[1:].tolist():
-            s, z, q = candidate(factor)
-            error = _error(w, s, z, q, weight_of_column, norm)
+            s, z = candidate(factor)
+            error = _error(w, s, z, format, weight_of_column, norm, buffer)
             better = error < best
             best = torch.where(better, error, best)
             scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
-        codes = quantize(w, scale[..., None], zero[..., None], format)
     elif clipping != "minmax":
         raise ValueError(f"clipping must be 'minmax' or 'mse', got {clipping!r}")
+    codes = quantize(w, scale[..., None], zero[..., None], format)
     return codes.reshape(n, -1)[:, :k], scale * turn, zero
 
 
-def _error(w, scale, zero, codes, weight_of_column, norm) -> torch.Tensor:
-    difference = (codes - zero[..., None]).mul_(scale[..., None]).sub_(w)
+def _error(w, scale, zero, format, weight_of_column, norm, buffer) -> torch.Tensor:
+    """Σ |w − w̃|^norm a group; `buffer`, of the shape of `w`, is overwritten. The arithmetic is that of `quantize`."""
+    code_low, code_high = _range(format)
+    scale = scale[..., None]
+    difference = torch.div(w, scale, out=buffer).round_()
+    if format.symmetric:  # Z is one number: q − Z without adding and subtracting it
+        difference = difference.clamp_(code_low - format.center, code_high - format.center)
+    else:
+        zero = zero[..., None]
+        difference = difference.add_(zero).clamp_(code_low, code_high).sub_(zero)
+    difference = difference.mul_(scale).sub_(w)
     difference = difference.square_() if norm == 2.0 else difference.abs_().pow_(norm)
-    return difference.mul_(weight_of_column).sum(dim=2)
+    if weight_of_column is not None:
+        difference = difference.mul_(weight_of_column)
+    return difference.sum(dim=2)
 
 
 def sqnr_db(reference: torch.Tensor, approximation: torch.Tensor) -> float:

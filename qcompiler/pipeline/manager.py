@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import resource
-import sys
-import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from qcompiler.errors import GateError
 from qcompiler.graph.text import graph_text
 from qcompiler.graph.verify import verify
+from qcompiler.pipeline.instruments import Instrument, PeakMemory, Timer
 from qcompiler.pipeline.passes import Pass, Report
 from qcompiler.pipeline.trace import Trace
 
@@ -22,28 +21,36 @@ if TYPE_CHECKING:
 _HOLDS_AFTER = {"normalise": "normalised", "analyse": "analysed", "transform": "analysed", "observe": "analysed", "solve": "analysed", "rewrite": "rewritten"}
 
 
-def peak_rss_bytes() -> int:
-    """The most memory that this process has held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 class PassManager:
     """Applies passes to a graph and keeps the trace.
 
     Args:
         trace: receives a record a pass.
         verify_each: verify after every pass, not only where a stage ends (tests).
+        instruments: what watches every pass; by default its time and its peak memory.
     """
 
-    def __init__(self, trace: Trace, verify_each: bool = False):
+    def __init__(self, trace: Trace, verify_each: bool = False, instruments: Sequence[Instrument] | None = None):
         self.trace = trace
         self.verify_each = verify_each
+        self.instruments = (PeakMemory(), Timer()) if instruments is None else instruments
 
-    def capture(self, graph: Graph, timing: dict[str, float]) -> None:
+    def capture(self, graph: Graph) -> None:
         """Record the graph as captured."""
         count = len(graph.module.graph.nodes)
-        self.trace.add(None, Report(), graph_text(graph.module), (count, count), timing)
+        with self.watched(graph) as timing:
+            text = graph_text(graph.module)
+        self.trace.add(None, Report(), text, (count, count), timing)
+
+    @contextlib.contextmanager
+    def watched(self, graph: Graph) -> Iterator[dict[str, Any]]:
+        """Run the block under every instrument; what they found is in the mapping when it ends."""
+        found: dict[str, Any] = {}
+        for instrument in self.instruments:
+            instrument.before(graph)
+        yield found
+        for instrument in reversed(self.instruments):
+            found |= instrument.after(graph)
 
     def run(self, graph: Graph, context: Context, passes: Sequence[Pass]) -> None:
         """Run `passes` in order.
@@ -54,9 +61,8 @@ class PassManager:
         for position, step in enumerate(passes):
             context.reporter.stage(step.name)
             before = len(graph.module.graph.nodes)
-            start = time.perf_counter()
-            report = step.run(graph, context)
-            timing = {"milliseconds": 1000 * (time.perf_counter() - start), "peak_rss_bytes": peak_rss_bytes()}
+            with self.watched(graph) as timing:
+                report = step.run(graph, context)
             nodes = (before, len(graph.module.graph.nodes))
             self.trace.add(step, report, graph_text(graph.module), nodes, timing)
             self._check(step, report, context)

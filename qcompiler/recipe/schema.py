@@ -25,19 +25,24 @@ class Scheme:
 
     Attributes:
         bits: 8, 4, 3 or 2.
-        group: columns that share a scale: 32, 64, 128, or 0 for the whole row (per channel).
+        group: columns that share a scale: 32, 64, 128, 0 for the whole row (per channel), or `tensor` for the whole matrix
+            (its scale is stored with every row, in the format of `group: 0`).
         symmetric: no stored zero points.
         activations: `float`, `int8-token` (one scale a token) or `int8-block128` (one per 128 inputs).
     """
 
     bits: Literal[8, 4, 3, 2]
-    group: Literal[0, 32, 64, 128] = 0
+    group: Literal[0, 32, 64, 128, "tensor"] = 0
     symmetric: bool = True
     activations: ActivationLabel = "float"
 
     @property
     def weight_format(self) -> AffineFormat:
-        return AffineFormat(self.bits, self.group, self.symmetric)
+        return AffineFormat(self.bits, 0 if self.group == "tensor" else self.group, self.symmetric)
+
+    @property
+    def per_tensor(self) -> bool:
+        return self.group == "tensor"
 
     @property
     def activation(self) -> Activation:

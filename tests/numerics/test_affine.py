@@ -108,3 +108,14 @@ def test_sqnr():
     x = torch.tensor([3.0, 4.0])
     assert affine.sqnr_db(x, x) == float("inf")
     assert affine.sqnr_db(x, x * 0.9) == pytest.approx(20)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_per_tensor_has_one_scale_for_all_rows(symmetric):
+    w = weight()
+    fitted = affine.fit(w, AffineFormat(8, 0, symmetric), "minmax", per_tensor=True)
+    assert fitted.scales.shape == (24, 1) and fitted.scales.unique().numel() == 1
+    row = affine.fit(w, AffineFormat(8, 0, symmetric), "minmax")
+    error = lambda f: (w - f.dequantize()).square().sum()  # noqa: E731
+    assert error(row) <= error(fitted)
+    assert ((w - fitted.dequantize()).abs() <= 0.51 * 2 * fitted.scales.float()).all()
