@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from dataclasses import replace
 
 import onnx_ir
+import torch
+from transformers.exporters.utils import get_leaf_tensors
 
 from qcompiler.capture.ports import Port, input_port, output_port
+from qcompiler.capture.prepared import Prepared
 
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 _TOTAL = {"past_length + length", "length + past_length"}
@@ -22,22 +27,62 @@ def name_dimensions(model: onnx_ir.Model, axes: dict[str, dict[int, str]]) -> No
         for axis, dimension in enumerate(value.shape):
             if isinstance(dimension, onnx_ir.SymbolicDim) and dimension.value is not None and axis in wanted:
                 names.setdefault(dimension.value, wanted[axis])
-
-    def renamed(expression: str) -> str:
-        text = _SYMBOL.sub(lambda match: names.get(match[0], match[0]), expression)
-        return "total_length" if text in _TOTAL else text
-
     for graph in model.graphs():
         values = [*graph.inputs, *graph.initializers.values(), *(out for node in graph for out in node.outputs)]
         for value in values:
             if value.shape is None or not any(isinstance(dimension, onnx_ir.SymbolicDim) for dimension in value.shape):
                 continue
             value.shape = onnx_ir.Shape(
-                renamed(dimension.value)
+                _renamed(dimension.value, names)
                 if isinstance(dimension, onnx_ir.SymbolicDim) and dimension.value is not None
                 else dimension
                 for dimension in value.shape
             )
+
+
+def _renamed(expression: str, names: dict[str, str]) -> str:
+    text = _SYMBOL.sub(lambda match: names.get(match[0], match[0]), expression)
+    return "total_length" if text in _TOTAL else text
+
+
+def program_ports(
+    program: torch.export.ExportedProgram, prepared: Prepared
+) -> tuple[list[Port], list[Port]]:
+    """Inputs and outputs of an exported torch program. An input's `name` is that of its placeholder, an output's its path."""
+    nodes = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    inputs = dict(zip(get_leaf_tensors(prepared.inputs), _tensor_names(program.graph_signature.user_inputs, nodes), strict=True))
+    names: dict[str, str] = {}
+    for path, placeholder in inputs.items():
+        for axis, name in prepared.axes.get(path, {}).items():
+            names.setdefault(str(nodes[placeholder].shape[axis]), name)
+
+    def shape(value: torch.Tensor) -> tuple[int | str, ...]:
+        return tuple(size if isinstance(size, int) else _renamed(str(size), names) for size in value.shape)
+
+    # The output's structure with a token at each leaf says at which path each result comes out.
+    tokens = [torch.empty(0) for _ in program.graph_signature.user_outputs]
+    structure = torch.utils._pytree.tree_unflatten(tokens, program.call_spec.out_spec)
+    paths = {id(token): path for path, token in get_leaf_tensors(structure).items()}
+    outputs = [
+        (paths[id(token)], nodes[name])
+        for token, name in zip(tokens, program.graph_signature.user_outputs, strict=True)
+        if isinstance(nodes.get(name), torch.Tensor)
+    ]
+    return (
+        [
+            replace(input_port(path, shape(nodes[name]), _torch_dtype(nodes[name])), name=name)
+            for path, name in inputs.items()
+        ],
+        [output_port(path, shape(value), _torch_dtype(value)) for path, value in outputs],
+    )
+
+
+def _tensor_names(names: Iterable[object], nodes: dict[str, object]) -> list[str]:
+    return [name for name in names if isinstance(name, str) and isinstance(nodes.get(name), torch.Tensor)]
+
+
+def _torch_dtype(value: torch.Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
 
 
 def ports(model: onnx_ir.Model) -> tuple[list[Port], list[Port]]:

@@ -33,6 +33,8 @@ def prepare_module(module: torch.nn.Module, example: Any, dynamic_shapes: dict[s
         unknown = sorted(set(shapes) - set(inputs))
         if unknown:
             raise UsageError(f"dynamic_shapes names {unknown}, which are no inputs; the inputs are {sorted(inputs)}")
+        # torch.export wants every input named; None means that all its axes are fixed.
+        shapes = {name: shapes.get(name) for name in inputs}
     return Prepared(module, inputs, shapes, "module", description, _names(shapes), notes=notes)
 
 
