@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 import torch
 from torch.fx import Interpreter, Node
 from torch.utils import _pytree
 
 import qcompiler
-from qcompiler.artifact.manifest import seal
 from qcompiler.capture.feeds import feed
 from qcompiler.ops.formats import Activation
 from qcompiler.ops.linear_nbit import quantize_activations
 from qcompiler.runtime.session import Session
 from tests.captures import Analysed, analysed
 from tests.models import ALWAYS, EXHAUSTIVE, is_decoder
+from tests.pipeline.rewire import float_artifact
 
 LENGTH = 24
 FLOAT, INT8 = 1e-4, 2e-2  # relative to the largest output
@@ -49,21 +45,6 @@ class FakeQuantized(Interpreter):
             q, scale = quantize_activations(x.reshape(-1, x.shape[-1]).numpy(), activation)
             x = torch.from_numpy(q * scale).reshape(x.shape)
         return torch.nn.functional.linear(x, weight, arguments[2] if len(arguments) > 2 else None)
-
-
-def with_float_activations(artifact: Path, copy: Path) -> Path:
-    """The same packed weights, read by the float kernels: the op's attribute says which."""
-    shutil.copytree(artifact, copy)
-    model = ir.load(copy / "model.onnx")
-    for node in model.graph.all_nodes():
-        if node.domain == "ai.qcompiler" and "activation" in node.attributes:
-            node.attributes["activation"] = ir.AttrInt64("activation", int(Activation.FLOAT))
-    ir.save(model, copy / "model.onnx")
-    content = (copy / "model.onnx").read_bytes()
-    manifest = json.loads((copy / "manifest.json").read_bytes())
-    manifest["files"]["model.onnx"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (copy / "manifest.json").write_bytes(seal({k: v for k, v in manifest.items() if k != "sha256"}))
-    return copy
 
 
 def outputs(artifact: Path, tokens: np.ndarray, decoder: bool) -> np.ndarray:
@@ -96,7 +77,7 @@ def test_int4(model_type, tmp_path):
     feeds = _pytree.tree_leaves(feed(captured.prepared, torch.from_numpy(tokens)[None]))
     found = {
         "int8": outputs(tmp_path / "out", tokens, decoder),
-        "float": outputs(with_float_activations(tmp_path / "out", tmp_path / "float"), tokens, decoder),
+        "float": outputs(float_artifact(tmp_path / "out", tmp_path / "float"), tokens, decoder),
     }
     for kind, bound in (("float", FLOAT), ("int8", INT8)):
         fake = FakeQuantized(captured, context.solutions, context.schemes, kind == "float")
