@@ -231,11 +231,13 @@ def _emit_onnx(writer: ArtifactWriter, prepared: Prepared, quantizer: Quantizer,
     from qcompiler.capture.dimensions import ports
     from qcompiler.lower.external import check_saved, external_bytes, save
     from qcompiler.lower.onnx import lower
+    from qcompiler.lower.quick_match import quick_match
     from qcompiler.pipeline.accounting import layers_file, packed_totals
 
-    program = prepared.export_onnx(quantizer)
-    reporter.stage("lower")
-    lowered = lower(program, decoder=prepared.kind == "decoder")
+    with quick_match():
+        program = prepared.export_onnx(quantizer)
+        reporter.stage("lower")
+        lowered = lower(program, decoder=prepared.kind == "decoder")
     if target == "onnx-stock":
         packed = _to_stock(lowered.model, quantizer)
     else:
