@@ -265,7 +265,7 @@ def _to_stock(model: Any, quantizer: Quantizer) -> dict[str, int]:
     """Lower to stock ops; the layers' records then tell what their tensors take there. Totals by kind."""
     from qcompiler.lower.stock import to_stock
     from qcompiler.pipeline.accounting import KINDS, layer_records
-    from qcompiler.pipeline.manager import peak_rss_bytes
+    from qcompiler.pipeline.instruments import peak_rss_bytes
 
     start = time.perf_counter()
     weights = to_stock(model)

@@ -15,9 +15,9 @@ from qcompiler.capture.feeds import feed
 from qcompiler.capture.prepare import prepare
 from qcompiler.evaluate.evaluation import evaluate
 from qcompiler.evaluate.text import evaluation_text
+from qcompiler.evaluate.tokens import load_tokens
 from qcompiler.runtime.artifact import open_artifact, verify_files
 from qcompiler.runtime.session import Session
-from qcompiler.runtime.tokens import Tokenizer
 from tests.pipeline.compiled import reference
 from tests.pipeline.rewire import float_artifact, float_module
 
@@ -34,8 +34,7 @@ def test_accuracy(recipe, ratio, divergence, top):
 
 @pytest.fixture(scope="module")
 def tokens() -> np.ndarray:
-    tokenizer = Tokenizer.from_artifact(open_artifact(reference("int4").path))
-    ids = np.asarray(tokenizer.encode(evaluation_text().content[:20000]))
+    ids = load_tokens(reference("int4").path).encode(evaluation_text().content[:20000])
     return ids[: WINDOW * WINDOWS].reshape(WINDOWS, WINDOW)
 
 
@@ -54,7 +53,7 @@ def by_torch(module: torch.fx.GraphModule, tokens: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         for window in tokens:
             leaves = _pytree.tree_leaves(feed(prepared, torch.from_numpy(window)[None]))
-            logits.append(torch.fx.Interpreter(module).run(*leaves)[0][0].numpy())
+            logits.append(_pytree.tree_leaves(torch.fx.Interpreter(module).run(*leaves))[0][0].numpy())
     return np.concatenate(logits)
 
 
