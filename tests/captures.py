@@ -32,7 +32,7 @@ ANALYSE = (FindSites(), FindGroups(), FindRoles())
 
 @dataclass
 class Analysed:
-    """A model, its graph after normalising and analysing, what each pass reported, and the graph's text at each stage."""
+    """A model, its graph after normalising and analysing, what each pass reported, and the text at each stage."""
 
     model: torch.nn.Module
     prepared: Prepared

@@ -12,16 +12,35 @@ import transformers
 VOCABULARY = 512
 
 _LLAMA = dict(
-    vocab_size=VOCABULARY, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    vocab_size=VOCABULARY,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
 )
 _HEAD_DIM = dict(_LLAMA, head_dim=64)
 _BERT = dict(
-    vocab_size=VOCABULARY, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-    max_position_embeddings=128, pad_token_id=0,
+    vocab_size=VOCABULARY,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=128,
+    pad_token_id=0,
 )
 _GPT = dict(
-    vocab_size=VOCABULARY, n_embd=256, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2,
+    vocab_size=VOCABULARY,
+    n_embd=256,
+    n_layer=2,
+    n_head=4,
+    n_positions=128,
+    bos_token_id=1,
+    eos_token_id=2,
     pad_token_id=0,
 )
 _NEOX = {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"}
@@ -46,19 +65,37 @@ DECODERS: dict[str, tuple[str, dict]] = {
     "opt": (
         "OPTForCausalLM",
         dict(
-            vocab_size=VOCABULARY, hidden_size=256, ffn_dim=512, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=128, word_embed_proj_dim=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            ffn_dim=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            word_embed_proj_dim=256,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
         ),
     ),
     "bloom": (
         "BloomForCausalLM",
-        dict(vocab_size=VOCABULARY, hidden_size=256, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=0),
+        dict(
+            vocab_size=VOCABULARY, hidden_size=256, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=0
+        ),
     ),
     "falcon": (
         "FalconForCausalLM",
         dict(
-            vocab_size=VOCABULARY, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, multi_query=True,
-            new_decoder_architecture=False, alibi=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            multi_query=True,
+            new_decoder_architecture=False,
+            alibi=False,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
         ),
     ),
 }
@@ -73,7 +110,12 @@ ENCODERS: dict[str, tuple[str, dict]] = {
     "modernbert": (
         "ModernBertModel",
         dict(
-            _BERT, local_attention=16, cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2,
+            _BERT,
+            local_attention=16,
+            cls_token_id=1,
+            sep_token_id=2,
+            bos_token_id=1,
+            eos_token_id=2,
             layer_types=["full_attention", "sliding_attention"],
         ),
     ),
@@ -93,28 +135,53 @@ MORE_DECODERS: dict[str, tuple[str, dict]] = {
     "gpt_neo": (
         "GPTNeoForCausalLM",
         dict(
-            vocab_size=VOCABULARY, hidden_size=256, num_layers=2, num_heads=4, intermediate_size=512,
-            attention_types=[[["global", "local"], 1]], window_size=8, max_position_embeddings=128, bos_token_id=1,
-            eos_token_id=2, pad_token_id=0,
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            num_layers=2,
+            num_heads=4,
+            intermediate_size=512,
+            attention_types=[[["global", "local"], 1]],
+            window_size=8,
+            max_position_embeddings=128,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
         ),
     ),
     "gpt_bigcode": ("GPTBigCodeForCausalLM", dict(_GPT, multi_query=True)),
     "mpt": (
         "MptForCausalLM",
-        dict(vocab_size=VOCABULARY, d_model=256, n_heads=4, n_layers=2, max_seq_len=128, bos_token_id=1, eos_token_id=2),
+        dict(
+            vocab_size=VOCABULARY, d_model=256, n_heads=4, n_layers=2, max_seq_len=128, bos_token_id=1, eos_token_id=2
+        ),
     ),
     "falcon_alibi": (
         "FalconForCausalLM",
         dict(
-            vocab_size=VOCABULARY, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, multi_query=True,
-            new_decoder_architecture=False, alibi=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            multi_query=True,
+            new_decoder_architecture=False,
+            alibi=True,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
         ),
     ),
     "falcon_grouped": (
         "FalconForCausalLM",
         dict(
-            vocab_size=VOCABULARY, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=2,
-            new_decoder_architecture=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_kv_heads=2,
+            new_decoder_architecture=True,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
         ),
     ),
     "gpt_oss": ("GptOssForCausalLM", dict(_HEAD_DIM, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)),
@@ -124,8 +191,15 @@ MORE_DECODERS: dict[str, tuple[str, dict]] = {
     "xglm": (
         "XGLMForCausalLM",
         dict(
-            vocab_size=VOCABULARY, d_model=256, ffn_dim=512, num_layers=2, attention_heads=4,
-            max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+            vocab_size=VOCABULARY,
+            d_model=256,
+            ffn_dim=512,
+            num_layers=2,
+            attention_heads=4,
+            max_position_embeddings=128,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
         ),
     ),
 }
@@ -136,8 +210,16 @@ MORE_ENCODERS: dict[str, tuple[str, dict]] = {
     "mpnet": ("MPNetModel", dict(_BERT, pad_token_id=1)),
     "deberta-v2": (
         "DebertaV2Model",
-        dict(_BERT, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=32, share_att_key=True,
-             norm_rel_ebd="layer_norm", type_vocab_size=0, position_biased_input=False),
+        dict(
+            _BERT,
+            relative_attention=True,
+            pos_att_type=["p2c", "c2p"],
+            position_buckets=32,
+            share_att_key=True,
+            norm_rel_ebd="layer_norm",
+            type_vocab_size=0,
+            position_biased_input=False,
+        ),
     ),
     "camembert": ("CamembertModel", dict(_BERT, pad_token_id=1)),
     "xlm-roberta": ("XLMRobertaModel", dict(_BERT, pad_token_id=1)),
@@ -154,7 +236,12 @@ MORE_ENCODERS: dict[str, tuple[str, dict]] = {
     "modernbert_classifier": (
         "ModernBertForSequenceClassification",
         dict(
-            _BERT, local_attention=16, cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2,
+            _BERT,
+            local_attention=16,
+            cls_token_id=1,
+            sep_token_id=2,
+            bos_token_id=1,
+            eos_token_id=2,
             layer_types=["full_attention", "sliding_attention"],
         ),
     ),
@@ -185,4 +272,3 @@ def tiny(model_type: str) -> transformers.PreTrainedModel:
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.do_sample = False
     return model
-

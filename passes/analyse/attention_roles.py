@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
+from qcompiler.graph.edit import args
 from qcompiler.graph.graph import Site
 from qcompiler.passes.analyse.find_groups import input_value
 from qcompiler.passes.analyse.walk import (
@@ -42,7 +43,7 @@ def attentions(graph: Graph) -> list[Attention]:
         if node.op != "call_function":
             continue
         if node.target in ATTENTIONS:
-            query, key, value = node.args[:3]
+            query, key, value = args(node)[:3]
             found.append(Attention(((query, key),), value, node))
         elif node.target in SOFTMAXES:
             found += _written_out(node)
@@ -54,16 +55,16 @@ def _written_out(softmax: Node) -> list[Attention]:
     scores = tuple(operands for node in products if (operands := _operands(node)) is not None)
     if not scores:
         return []
-    mixed = [
-        node
-        for node in downstream(softmax, lambda node: node.target in PLAIN | ARITHMETIC | PARTS | {operator.getitem})
-        if (operands := _operands(node)) is not None and softmax in _sources(operands[0])
-    ]
-    return [Attention(scores, _operands(node)[1], node) for node in mixed[:1]]
+    for node in downstream(softmax, lambda node: node.target in PLAIN | ARITHMETIC | PARTS | {operator.getitem}):
+        operands = _operands(node)
+        if operands is not None and softmax in _sources(operands[0]):
+            return [Attention(scores, operands[1], node)]
+    return []
 
 
 def _ends_scores(node: Node) -> bool:
-    return node.op != "call_function" or node.target in PRODUCTS or node.target in (aten.linear.default, aten.embedding.default)
+    lookups = (aten.linear.default, aten.embedding.default)
+    return node.op != "call_function" or node.target in PRODUCTS or node.target in lookups
 
 
 def _sources(node: Node) -> set[Node]:
@@ -75,7 +76,7 @@ def _operands(node: Node) -> tuple[Node, Node] | None:
     """Both factors of a product of two computed values."""
     if node.op != "call_function" or node.target not in PRODUCTS:
         return None
-    factors = node.args[1] if node.target is aten.einsum.default else node.args
+    factors = args(node)[1] if node.target is aten.einsum.default else args(node)
     factors = factors[1:3] if node.target is aten.baddbmm.default else factors[:2]
     return (factors[0], factors[1]) if len(factors) == 2 else None
 
@@ -101,16 +102,12 @@ def attention_roles(graph: Graph, sites: Mapping[Node, Site]) -> dict[str, str]:
 
 def _only(value: Node, sites: Mapping[Node, Site]) -> Site | None:
     """The one linear site that the value is made by; other attentions' results are not looked through."""
-    stops, _ = upstream(
-        [value], lambda node: node in sites or node.target in ATTENTIONS or node.target in SOFTMAXES
-    )
+    stops, _ = upstream([value], lambda node: node in sites or node.target in ATTENTIONS or node.target in SOFTMAXES)
     found = [sites[node] for node in stops if node in sites and sites[node].kind == "linear"]
     return found[0] if len(found) == 1 and len([node for node in stops if node not in sites]) == 0 else None
 
 
-def _self_attention(
-    pairs: list[tuple[Site | None, Site | None]], value: Site | None
-) -> tuple[Site, Site] | None:
+def _self_attention(pairs: list[tuple[Site | None, Site | None]], value: Site | None) -> tuple[Site, Site] | None:
     """The pair of query and key that reads what the value reads; position terms have scores of their own."""
     whole = [(query, key) for query, key in pairs if query is not None and key is not None]
     if value is None:
@@ -124,6 +121,7 @@ def _self_attention(
 
 def _reader(result: Node, sites: Mapping[Node, Site]) -> Site | None:
     """The one linear site that reads an attention's result, before it is added to anything."""
+
     def through(node: Node) -> bool:
         if node in sites or node.op != "call_function":
             return False

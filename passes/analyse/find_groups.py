@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from qcompiler.graph.constants import attribute, storage_key
+from qcompiler.graph.edit import args
 from qcompiler.graph.graph import Graph, Site
 from qcompiler.pipeline.passes import Pass, Report
 
@@ -53,9 +54,9 @@ class FindGroups(Pass):
 
 def input_value(site: Site) -> Node:
     """The value that the site reads, whatever shape its leading axes were given on the way."""
-    node = site.node.args[0] if site.kind == "linear" else site.node.args[1]
-    while node.target in _SAME_ROWS and _last_size(node) == _last_size(node.args[0]):
-        node = node.args[0]
+    node = args(site.node)[0] if site.kind == "linear" else args(site.node)[1]
+    while node.target in _SAME_ROWS and _last_size(node) == _last_size(args(node)[0]):
+        node = args(node)[0]
     return node
 
 

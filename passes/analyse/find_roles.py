@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
+from qcompiler.graph.edit import args
 from qcompiler.graph.graph import Graph, Site
 from qcompiler.passes.analyse.attention_roles import attention_roles
 from qcompiler.passes.analyse.mlp_roles import mlp_roles
@@ -57,13 +58,13 @@ class FindRoles(Pass):
 def _routers(sites: dict[Node, Site], taken: dict[str, str]) -> dict[str, str]:
     """Sites whose result picks: it reaches a top-k through nothing but a softmax or arithmetic."""
     passing = PLAIN | ARITHMETIC | SOFTMAXES | NONLINEAR
-    return {
-        site.name: "router"
-        for node, site in sites.items()
-        if site.kind == "linear"
-        and site.name not in taken
-        and any(end.target is aten.topk.default for end in downstream(node, lambda n: n.target in passing and n not in sites))
-    }
+
+    def picks(node: Node) -> bool:
+        ends = downstream(node, lambda reader: reader.target in passing and reader not in sites)
+        return any(end.target is aten.topk.default for end in ends)
+
+    candidates = [(node, site) for node, site in sites.items() if site.kind == "linear" and site.name not in taken]
+    return {site.name: "router" for node, site in candidates if picks(node)}
 
 
 def _embed(graph: Graph) -> Site | None:
@@ -77,9 +78,9 @@ def _fed_by(site: Site) -> Node | None:
     """The graph's input whose values a lookup takes, reshaped at most."""
     if site.kind != "embedding":
         return None
-    node = site.node.args[1]
+    node = args(site.node)[1]
     while node.op == "call_function" and node.target in PLAIN:
-        node = node.args[0]
+        node = args(node)[0]
     return node if node.op == "placeholder" else None
 
 

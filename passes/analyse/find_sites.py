@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from qcompiler.graph.constants import attribute
+from qcompiler.graph.edit import args
 from qcompiler.graph.graph import Graph, Site
 from qcompiler.passes.analyse.leftovers import find_leftovers
 from qcompiler.pipeline.passes import Pass, Report, Skip
@@ -46,32 +47,32 @@ def _site(graph: Graph, node: Node, names: set[str]) -> Site | None:
     if node.op != "call_function":
         return None
     if node.target is aten.linear.default:
-        kind, weight, bias = "linear", node.args[1], node.args[2] if len(node.args) > 2 else None
+        weight, bias = args(node)[1], args(node)[2] if len(args(node)) > 2 else None
     elif node.target is aten.embedding.default:
-        kind, weight, bias = "embedding", node.args[0], None
+        weight, bias = args(node)[0], None
     else:
         return None
     if not isinstance(weight, Node) or weight.op != "get_attr":
         return None
     n, k = attribute(graph.module, str(weight.target)).shape
-    constant_bias = isinstance(bias, Node) and bias.op == "get_attr"
     return Site(
         name=_unique(str(weight.target), node, names),
-        kind=kind,
+        kind="linear" if node.target is aten.linear.default else "embedding",
         node=node,
         weight=str(weight.target),
-        bias=str(bias.target) if constant_bias else None,
+        bias=str(bias.target) if isinstance(bias, Node) and bias.op == "get_attr" else None,
         shape=(n, k),
     )
 
 
 def _unique(weight: str, node: Node, names: set[str]) -> str:
-    """The weight's owner; where several calls read the weight (tied, or one module called twice), the calling module."""
+    """The weight's owner; the calling module where several calls read the weight: tied, or one module called twice."""
     owner = weight.rpartition(".")[0] or weight
     stack = node.meta.get("nn_module_stack") or {}
     caller = next(reversed(list(stack.values())), ("", ""))[0]
-    attr = node.args[0] if node.target is aten.embedding.default else node.args[1]
-    shared = sum(other.target == attr.target for other in node.graph.nodes if other.op == "get_attr" for _ in other.users) > 1
+    attr = args(node)[0] if node.target is aten.embedding.default else args(node)[1]
+    readings = [other for other in node.graph.nodes if other.op == "get_attr" and other.target == attr.target]
+    shared = sum(len(other.users) for other in readings) > 1
     for name in (caller, owner) if shared else (owner, caller):
         if name and name not in names:
             return name

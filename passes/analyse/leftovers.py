@@ -6,6 +6,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qcompiler.graph.constants import attribute
+from qcompiler.graph.edit import args
 from qcompiler.passes.analyse.walk import PARTS, PLAIN, PRODUCTS
 
 aten = torch.ops.aten
@@ -48,7 +49,7 @@ def _constants(node: Node) -> list[tuple[str, bool]]:
     factors = node.all_input_nodes
     # A bias has its own op's argument and takes no part in the product.
     if node.target in _CONVOLUTIONS | {aten.linear.default}:
-        factors = [factor for factor in node.args[:2] if isinstance(factor, Node)]
+        factors = [factor for factor in args(node)[:2] if isinstance(factor, Node)]
     queue = [(factor, False) for factor in factors]
     seen: set[Node] = set()
     while queue:
@@ -61,7 +62,7 @@ def _constants(node: Node) -> list[tuple[str, bool]]:
         elif source.op == "call_function" and source.target in PLAIN | PARTS | _PICKING:
             indexed = source.target in (aten.index.Tensor, aten.index_select.default, aten.gather.default)
             # Indices are no weights; a product of two computed values is no weight either.
-            inputs = source.args[0] if source.target in (aten.cat.default, aten.stack.default) else source.args[:1]
+            inputs = args(source)[0] if source.target in (aten.cat.default, aten.stack.default) else args(source)[:1]
             if source.target is aten.mul.Tensor:
                 inputs = source.all_input_nodes if any(i.op == "get_attr" for i in source.all_input_nodes) else ()
             queue += [(value, picked or indexed) for value in inputs if isinstance(value, Node)]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch.fx import Node
 
+from qcompiler.graph.edit import args
 from qcompiler.graph.graph import Site
 from qcompiler.passes.analyse.find_groups import input_value
 from qcompiler.passes.analyse.walk import ARITHMETIC, NONLINEAR, PARTS, PLAIN, tensors, upstream
@@ -27,7 +28,7 @@ def mlp_roles(sites: Mapping[Node, Site], taken: Mapping[str, str]) -> dict[str,
 
 
 def _block(down: Site, sites: Mapping[Node, Site], taken: Mapping[str, str]) -> dict[str, str]:
-    sources, passed = _made_by(down.node.args[0], sites)
+    sources, passed = _made_by(args(down.node)[0], sites)
     if sources is None or any(site.name in taken or site.shape[1] != down.shape[0] for site in sources):
         return {}
     nonlinear = any(node.target in NONLINEAR for node in passed)
@@ -44,7 +45,7 @@ def _block(down: Site, sites: Mapping[Node, Site], taken: Mapping[str, str]) -> 
     return {}
 
 
-def _made_by(value: Node, sites: Mapping[Node, Site]) -> tuple[list[Site] | None, set[Node]]:
+def _made_by(value: Node, sites: Mapping[Node, Site]) -> tuple[list[Site] | None, list[Node]]:
     """The sites that the value is made of element by element, or None where anything else takes part."""
     stops, passed = upstream([value], lambda node: node in sites or node.target not in _ELEMENTWISE)
     # Constants and sizes may take part: a scale, a bound, a shape.
@@ -55,18 +56,19 @@ def _made_by(value: Node, sites: Mapping[Node, Site]) -> tuple[list[Site] | None
     return found, passed
 
 
-def _gate(passed: set[Node], sites: Mapping[Node, Site]) -> Site | None:
+def _gate(passed: list[Node], sites: Mapping[Node, Site]) -> Site | None:
     """Where two sites meet in a product: the one whose factor passed an activation."""
     for node in passed:
         factors = tensors(node)
         if node.target is not aten.mul.Tensor or len(factors) != 2:
             continue
         made = [_made_by(factor, sites) for factor in factors]
-        if any(found is None or len(found) != 1 for found, _ in made) or made[0][0] == made[1][0]:
+        makers = [found[0] for found, _ in made if found is not None and len(found) == 1]
+        if len(makers) != 2 or makers[0] is makers[1]:
             continue
         active = [any(step.target in NONLINEAR for step in steps) for _, steps in made]
         if active[0] != active[1]:
-            return made[active.index(True)][0][0]
+            return makers[active.index(True)]
     return None
 
 

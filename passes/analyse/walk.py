@@ -10,7 +10,9 @@ from torch.fx import Node
 aten = torch.ops.aten
 
 # Products of two computed values.
-PRODUCTS = frozenset({aten.baddbmm.default, aten.bmm.default, aten.einsum.default, aten.matmul.default, aten.mm.default})
+PRODUCTS = frozenset(
+    {aten.baddbmm.default, aten.bmm.default, aten.einsum.default, aten.matmul.default, aten.mm.default}
+)
 ATTENTIONS = frozenset({aten.scaled_dot_product_attention.default})
 SOFTMAXES = frozenset({aten._softmax.default, aten._safe_softmax.default, aten.softmax.int})
 
@@ -49,10 +51,10 @@ ARITHMETIC = frozenset(
 )  # fmt: skip
 
 
-def upstream(start: Iterable[Node], stop: Callable[[Node], bool]) -> tuple[list[Node], set[Node]]:
+def upstream(start: Iterable[Node], stop: Callable[[Node], bool]) -> tuple[list[Node], list[Node]]:
     """Walk from values to what they are made of: (nodes where `stop` held, nodes passed on the way), nearest first."""
     stops: list[Node] = []
-    passed: set[Node] = set()
+    passed: list[Node] = []
     queue = list(start)
     seen = set(queue)
     while queue:
@@ -60,7 +62,7 @@ def upstream(start: Iterable[Node], stop: Callable[[Node], bool]) -> tuple[list[
         if stop(node):
             stops.append(node)
             continue
-        passed.add(node)
+        passed.append(node)
         for source in node.all_input_nodes:
             if source not in seen:
                 seen.add(source)

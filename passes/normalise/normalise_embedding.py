@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from qcompiler.graph.constants import Constant, attribute, constant_of, free_name, set_parameter
-from qcompiler.graph.edit import get_constant
+from qcompiler.graph.edit import args, get_constant
 from qcompiler.graph.graph import Graph
 from qcompiler.pipeline.passes import Pass, Report, Skip
 
@@ -33,7 +33,7 @@ class NormaliseEmbedding(Pass):
         for node in list(module.graph.nodes):
             if node.op != "call_function" or node.target is not aten.embedding.default:
                 continue
-            table = node.args[0]
+            table = args(node)[0]
             constant = constant_of(table)
             if constant is None:
                 report.skipped.append(Skip(node.name, "its table is computed, not a constant"))

@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qcompiler.graph.constants import TRANSPOSING, Constant, constant_of, free_name, readers, set_parameter
-from qcompiler.graph.edit import get_constant
+from qcompiler.graph.edit import args, get_constant
 from qcompiler.graph.graph import Graph
 from qcompiler.passes.normalise.einsum import contraction
 from qcompiler.pipeline.passes import Pass, Report, Skip
@@ -69,26 +69,26 @@ def _product(node: Node) -> _Product | str | None:
     if node.op != "call_function":
         return None
     if node.target is aten.linear.default:
-        x, weight, bias = (*node.args, None)[:3]
+        x, weight, bias = (*args(node), None)[:3]
         return _checked(x, constant_of(weight), False, bias, node)
     if node.target is aten.addmm.default:
-        bias, x, weight = node.args
+        bias, x, weight = args(node)
         if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
             return "addmm with alpha or beta other than 1" if constant_of(weight) else None
         return _checked(x, constant_of(weight), True, bias, node)
     if node.target in (aten.mm.default, aten.matmul.default):
-        x, weight = node.args
+        x, weight = args(node)
         if constant_of(weight) is None and (left := constant_of(x)) is not None:
             return f"constant {left.name} is the left factor" if x.meta["val"].dim() >= 2 else None
         return _checked(x, constant_of(weight), True, None, node)
-    if node.target is aten.einsum.default and len(node.args[1]) == 2:
-        x, weight = node.args[1]
+    if node.target is aten.einsum.default and len(args(node)[1]) == 2:
+        x, weight = args(node)[1]
         constant = constant_of(weight)
         if constant is None:
             return None
-        transposed = contraction(str(node.args[0]))
+        transposed = contraction(str(args(node)[0]))
         if transposed is None:
-            return f"einsum {node.args[0]!r} with constant {constant.name} is no product over the last axis"
+            return f"einsum {args(node)[0]!r} with constant {constant.name} is no product over the last axis"
         return _checked(x, constant, transposed, None, node)
     return None
 
@@ -98,9 +98,9 @@ def _checked(
 ) -> _Product | str | None:
     if weight is None:
         return None
-    operand = node.args[2] if node.target is aten.addmm.default else None
+    operand = args(node)[2] if node.target is aten.addmm.default else None
     if operand is None:
-        operand = node.args[1][1] if node.target is aten.einsum.default else node.args[1]
+        operand = args(node)[1][1] if node.target is aten.einsum.default else args(node)[1]
     shape = operand.meta["val"].shape
     if len(shape) != 2:
         return f"constant {weight.name} is used with {len(shape)} axes" if len(shape) > 2 else None
@@ -117,7 +117,7 @@ def _weight(module: GraphModule, product: _Product, made: dict[str, str]) -> str
     swaps = [node for node in weight.chain if node.target in TRANSPOSING and _swaps(node)]
     if len(swaps) == len(weight.chain) and (len(swaps) + product.transposed) % 2 == 0:
         return weight.name
-    chain = [(str(node.target), node.args[1:], dict(node.kwargs)) for node in weight.chain]
+    chain = [(str(node.target), args(node)[1:], dict(node.kwargs)) for node in weight.chain]
     key = repr((weight.name, product.transposed, chain))
     if key not in made:
         value = weight.value(module)
@@ -134,9 +134,9 @@ def _swaps(node: Node) -> bool:
     if node.meta["val"].dim() != 2:
         return False
     if node.target is aten.permute.default:
-        return [axis % 2 for axis in node.args[1]] == [1, 0]
+        return [axis % 2 for axis in args(node)[1]] == [1, 0]
     if node.target is aten.transpose.int:
-        return node.args[1] % 2 != node.args[2] % 2
+        return args(node)[1] % 2 != args(node)[2] % 2
     return True
 
 
@@ -145,7 +145,7 @@ def _replace(module: GraphModule, node: Node, product: _Product, weight: str) ->
     # The flattening around addmm: the output's leading axes are the input's before it was flattened.
     if x.target in (aten.view.default, aten.reshape.default) and len(node.users) == 1:
         (user,) = node.users
-        source = x.args[0]
+        source = args(x)[0]
         if user.target in (aten.view.default, aten.reshape.default) and _same_leading_axes(source, user):
             x, replaced = source, user
     with module.graph.inserting_before(replaced):
@@ -164,6 +164,6 @@ def _replace(module: GraphModule, node: Node, product: _Product, weight: str) ->
 def _same_leading_axes(source: Node, result: Node) -> bool:
     before, after = source.meta["val"].shape, result.meta["val"].shape
     return len(before) == len(after) and all(
-        isinstance(a, int) == isinstance(b, int) and str(a) == str(b) for a, b in zip(before[:-1], after[:-1], strict=True)
+        isinstance(old, int) == isinstance(new, int) and str(old) == str(new)
+        for old, new in zip(before[:-1], after[:-1], strict=True)
     )
-

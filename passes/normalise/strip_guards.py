@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
+from qcompiler.graph.edit import args
 from qcompiler.graph.graph import Graph
 from qcompiler.pipeline.passes import Pass, Report
 
@@ -57,7 +58,7 @@ class StripGuards(Pass):
                 module.graph.erase_node(node)
                 assertions += 1
             elif node.op == "call_function" and _hands_on(node):
-                node.replace_all_uses_with(node.args[0])
+                node.replace_all_uses_with(args(node)[0])
                 module.graph.erase_node(node)
                 handed_on += 1
         if hasattr(module, "_guards_fn"):
@@ -78,14 +79,14 @@ def _dead_comparison(node: Node) -> bool:
 
 def _hands_on(node: Node) -> bool:
     """Whether the node's output is its first input, bit for bit, in the same layout."""
-    if not node.args or not isinstance(node.args[0], Node):
+    if not args(node) or not isinstance(args(node)[0], Node):
         return False
     if node.target in _ALIASES:
         return True
     if node.target in _DROPOUTS:
-        return node.args[2] is False
+        return args(node)[2] is False
     if node.target in _CASTS:
-        before, after = node.args[0].meta.get("val"), node.meta.get("val")
+        before, after = args(node)[0].meta.get("val"), node.meta.get("val")
         return (
             isinstance(before, torch.Tensor)
             and isinstance(after, torch.Tensor)
@@ -93,11 +94,11 @@ def _hands_on(node: Node) -> bool:
             and not _copies(node)
         )
     if node.target is aten.slice.Tensor:
-        start, end, step = (*node.args[2:], *(None, None, None)[len(node.args) - 2 :])
+        start, end, step = [*args(node)[2:], None, None, None][:3]
         return (start is None or start == 0) and (end is None or end == _TO_THE_END) and step in (None, 1)
     return False
 
 
 def _copies(node: Node) -> bool:
     # `to(x, dtype, non_blocking, copy)`: a copy is no alias, and its memory format may differ.
-    return bool(node.kwargs.get("copy")) or node.kwargs.get("memory_format") is not None or True in node.args[2:]
+    return bool(node.kwargs.get("copy")) or node.kwargs.get("memory_format") is not None or True in args(node)[2:]

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
+from qcompiler.graph.edit import args
 from qcompiler.graph.graph import Graph
 from qcompiler.pipeline.passes import Pass, Report
 
@@ -43,7 +44,7 @@ class WidenBfloat16(Pass):
             with module.graph.inserting_before(node):
                 for source in list(node.all_input_nodes):
                     node.replace_input_with(source, _widened(node, source))
-            node.args = tuple(_scalar(node, argument) for argument in node.args)
+            node.args = tuple(_scalar(node, argument) for argument in args(node))
             with module.graph.inserting_after(node):
                 rounded = _cast(node, node, torch.bfloat16)
             node.replace_all_uses_with(rounded, delete_user_cb=lambda user, rounded=rounded: user is not rounded)

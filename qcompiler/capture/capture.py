@@ -11,9 +11,7 @@ from qcompiler.capture.prepared import Prepared
 from qcompiler.graph.graph import Graph
 
 
-def capture(
-    model: torch.nn.Module, example: Any = None, dynamic_shapes: dict[str, Any] | None = None
-) -> Graph:
+def capture(model: torch.nn.Module, example: Any = None, dynamic_shapes: dict[str, Any] | None = None) -> Graph:
     """The graph of `model` as it was traced: ATen ops, nothing decomposed, nothing rewritten yet."""
     return captured(prepare(model, example, dynamic_shapes))
 

@@ -97,7 +97,9 @@ def _directory(source: str | Path) -> tuple[Path, str]:
         return bundled, REFERENCE
     if _HUB_ID.match(text):
         return _downloaded(text), text
-    raise InputError(f"no such directory: {text!r}; expected a checkpoint directory, a hub id (org/name) or 'reference'")
+    raise InputError(
+        f"no such directory: {text!r}; expected a checkpoint directory, a hub id (org/name) or {REFERENCE!r}"
+    )
 
 
 @contextlib.contextmanager
@@ -129,7 +131,7 @@ def _check_kind(directory: Path, config: dict[str, Any]) -> None:
         raise UnsupportedError(f"{directory} holds an adapter, not a model: merge it into its base model first")
     quantization = config.get("quantization_config")
     if quantization is not None:
-        method = quantization.get("quant_method", "an unknown method") if isinstance(quantization, dict) else quantization
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UnsupportedError(f"{directory} is quantized already ({method}); expected a float checkpoint")
     model_type = config.get("model_type")
     if model_type not in CONFIG_MAPPING:
@@ -179,9 +181,7 @@ def _model(directory: Path, config: PreTrainedConfig, values: dict[str, Any]) ->
         raise InputError(f"{directory} does not fit {type(model).__name__}: {_few(misfits)}")
     missing = sorted(info["missing_keys"])
     if missing:
-        raise InputError(
-            f"{directory} lacks {len(missing)} weights that {type(model).__name__} needs: {_few(missing)}"
-        )
+        raise InputError(f"{directory} lacks {len(missing)} weights that {type(model).__name__} needs: {_few(missing)}")
     unused = sorted(info["unexpected_keys"])
     return model, [f"{len(unused)} tensors of the checkpoint are not used: {_few(unused)}"] if unused else []
 

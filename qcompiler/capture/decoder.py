@@ -39,7 +39,8 @@ def prepare_decoder(model: PreTrainedModel) -> Prepared:
             with torch.no_grad():
                 outputs = part(**copy.deepcopy(inputs))
         except Exception as error:
-            raise UnsupportedError(f"{description}: no step of generation could be run: {last_message(error)}") from error
+            message = f"{description}: no step of generation could be run: {last_message(error)}"
+            raise UnsupportedError(message) from error
     register_cache_pytrees_for_model(model)
     axes = _axes(inputs, get_leaf_tensors(outputs), description)
     switches = {"use_cache": True, "return_dict": True}
@@ -58,7 +59,8 @@ def _check_cache(model: PreTrainedModel, description: str) -> None:
         layers = DynamicCache(config=model.config.get_text_config()).layers
     except Exception as error:
         raise UnsupportedError(f"{description}: its cache cannot be built: {last_message(error)}") from error
-    others = sorted({type(layer).__name__ for layer in layers} - {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__})
+    known = (DynamicLayer, DynamicSlidingWindowLayer)
+    others = sorted({type(layer).__name__ for layer in layers if type(layer) not in known})
     if others:
         raise UnsupportedError(
             f"{description}: its cache holds more than keys and values ({', '.join(others)}); "
@@ -66,9 +68,7 @@ def _check_cache(model: PreTrainedModel, description: str) -> None:
         )
 
 
-def _axes(
-    inputs: dict[str, Any], outputs: dict[str, torch.Tensor], description: str
-) -> dict[str, dict[int, str]]:
+def _axes(inputs: dict[str, Any], outputs: dict[str, torch.Tensor], description: str) -> dict[str, dict[int, str]]:
     """Names of the axes that vary. The cache's is the one that grew in a step, whatever its layout."""
     total = _PROMPT_LENGTH + 2
     axes: dict[str, dict[int, str]] = {}

@@ -23,7 +23,7 @@ def name_dimensions(model: onnx_ir.Model, axes: dict[str, dict[int, str]]) -> No
     for value in model.graph.inputs:
         if value.shape is None:
             continue
-        wanted = axes.get(value.name.removeprefix("input."), {})
+        wanted = axes.get(str(value.name).removeprefix("input."), {})
         for axis, dimension in enumerate(value.shape):
             if isinstance(dimension, onnx_ir.SymbolicDim) and dimension.value is not None and axis in wanted:
                 names.setdefault(dimension.value, wanted[axis])
@@ -45,12 +45,11 @@ def _renamed(expression: str, names: dict[str, str]) -> str:
     return "total_length" if text in _TOTAL else text
 
 
-def program_ports(
-    program: torch.export.ExportedProgram, prepared: Prepared
-) -> tuple[list[Port], list[Port]]:
-    """Inputs and outputs of an exported torch program. An input's `name` is that of its placeholder, an output's its path."""
+def program_ports(program: torch.export.ExportedProgram, prepared: Prepared) -> tuple[list[Port], list[Port]]:
+    """Inputs and outputs of an exported torch program. An input's `name` is its placeholder's, an output's its path."""
     nodes = {node.name: node.meta.get("val") for node in program.graph.nodes}
-    inputs = dict(zip(get_leaf_tensors(prepared.inputs), _tensor_names(program.graph_signature.user_inputs, nodes), strict=True))
+    placeholders = _tensor_names(program.graph_signature.user_inputs, nodes)
+    inputs = dict(zip(get_leaf_tensors(prepared.inputs), placeholders, strict=True))
     names: dict[str, str] = {}
     for path, placeholder in inputs.items():
         for axis, name in prepared.axes.get(path, {}).items():
@@ -88,8 +87,8 @@ def _torch_dtype(value: torch.Tensor) -> str:
 def ports(model: onnx_ir.Model) -> tuple[list[Port], list[Port]]:
     """Inputs and outputs of an exported model, with what each means."""
     return (
-        [input_port(value.name, _shape(value), _dtype(value)) for value in model.graph.inputs],
-        [output_port(value.name, _shape(value), _dtype(value)) for value in model.graph.outputs],
+        [input_port(str(value.name), _shape(value), _dtype(value)) for value in model.graph.inputs],
+        [output_port(str(value.name), _shape(value), _dtype(value)) for value in model.graph.outputs],
     )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import onnx_ir
 import torch
+from transformers import PreTrainedModel
 from transformers.exporters.configs import DynamoConfig, ExportFormat, OnnxConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxExporter
@@ -22,7 +23,7 @@ from qcompiler.errors import QCompilerError, UnsupportedError
 def export_onnx(prepared: Prepared, quantizer: ExportQuantizer | None) -> onnx_ir.Model:
     with _exporting(prepared, quantizer, "ONNX") as ours:
         config = OnnxConfig(dynamic=True, dynamic_shapes=prepared.dynamic_shapes, quantizer=ours)
-        model = OnnxExporter().export(prepared.module, prepared.arguments(), config).program
+        model = OnnxExporter().export(cast(PreTrainedModel, prepared.module), prepared.arguments(), config).program
     name_dimensions(model, prepared.axes)
     return model
 
@@ -30,7 +31,7 @@ def export_onnx(prepared: Prepared, quantizer: ExportQuantizer | None) -> onnx_i
 def export_torch(prepared: Prepared, quantizer: ExportQuantizer | None) -> torch.export.ExportedProgram:
     with _exporting(prepared, quantizer, "torch.export") as ours:
         config = DynamoConfig(dynamic=True, dynamic_shapes=prepared.dynamic_shapes, quantizer=ours)
-        return DynamoExporter().export(prepared.module, prepared.arguments(), config).program
+        return DynamoExporter().export(cast(PreTrainedModel, prepared.module), prepared.arguments(), config).program
 
 
 class _Loud(ExportQuantizer):

@@ -16,9 +16,7 @@ from qcompiler.capture.prepared import Prepared
 from qcompiler.errors import UnsupportedError, UsageError
 
 
-def prepare(
-    model: torch.nn.Module, example: Any = None, dynamic_shapes: dict[str, Any] | None = None
-) -> Prepared:
+def prepare(model: torch.nn.Module, example: Any = None, dynamic_shapes: dict[str, Any] | None = None) -> Prepared:
     """Make a model ready for export.
 
     A decoder language model and an encoder of text need no example. Everything else does: what `forward` is called

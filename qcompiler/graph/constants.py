@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -58,12 +59,12 @@ class Constant:
     name: str
     chain: tuple[Node, ...]
 
-    def value(self, module: GraphModule, then: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> torch.Tensor:
-        """The constant as its user sees it, with `then` applied."""
+    def value(self, module: GraphModule) -> torch.Tensor:
+        """The constant as its user sees it."""
         tensor = attribute(module, self.name).detach()
         for node in self.chain:
-            tensor = node.target(tensor, *node.args[1:], **node.kwargs)
-        return then(tensor)
+            tensor = cast(Callable[..., torch.Tensor], node.target)(tensor, *node.args[1:], **node.kwargs)
+        return tensor
 
 
 def constant_of(argument: object) -> Constant | None:
@@ -124,7 +125,7 @@ def storage_key(tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...], tuple[
     """Equal for two tensors that show the same numbers in the same storage."""
     return (
         tensor.untyped_storage().data_ptr(),
-        tensor.storage_offset(),
+        int(tensor.storage_offset()),
         tuple(tensor.shape),
         tuple(tensor.stride()),
     )

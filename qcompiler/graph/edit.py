@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.fx import GraphModule, Node
 
 from qcompiler.graph.constants import attribute
@@ -17,3 +19,8 @@ def get_constant(module: GraphModule, name: str, like: Node) -> Node:
     mode = getattr(like.meta.get("val"), "fake_mode", None)
     node.meta["val"] = tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
     return node
+
+
+def args(node: Node) -> tuple[Any, ...]:
+    """The node's arguments; which of them are nodes follows from its target, where no type checker can see it."""
+    return node.args

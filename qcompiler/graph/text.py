@@ -1,7 +1,7 @@
 """A graph as canonical text: one line a node, the same in every process, and small to compare between passes.
 
-model.layers.0.mlp.up_proj.weight: float32[512, 256] = parameter
-model.layers.0.mlp.up_proj/linear: float32[1, s0, 512] = aten.linear(model.layers.0.mlp/mul_1, model.layers.0.mlp.up_proj.weight)
+layers.0.mlp.up_proj.weight: float32[512, 256] = parameter
+layers.0.mlp.up_proj/linear: float32[1, s0, 512] = aten.linear(layers.0.norm/mul_1, layers.0.mlp.up_proj.weight)
 
 A node is named by its module and its op, counted within that module alone, so that a node put in or taken out renames
 nothing elsewhere. A constant has one line, before its first use, wherever its `get_attr` nodes stand. Symbolic sizes
@@ -11,7 +11,7 @@ are renamed in the order in which they appear.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import sympy
@@ -120,7 +120,7 @@ def module_path(node: Node) -> str:
     return "" if path.startswith("_empty_nn_module_stack") else path
 
 
-def _names(nodes: Collection[Node]) -> dict[Node, str]:
+def _names(nodes: Iterable[Node]) -> dict[Node, str]:
     names: dict[Node, str] = {}
     taken: set[str] = set()
     for node in nodes:

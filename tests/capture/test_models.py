@@ -1,4 +1,4 @@
-"""Every architecture in the table: captured, normalised and analysed; still the same function, with every weight found."""
+"""Every architecture in the table, captured, normalised and analysed: the same function, with every weight found."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from tests.captures import Stepper, analysed, relative_error
 from tests.models import ALWAYS, EXHAUSTIVE, VOCABULARY, is_decoder
 
 EVERY = [*ALWAYS, *(pytest.param(name, marks=pytest.mark.slow) for name in EXHAUSTIVE)]
-DECODERS = [*filter(is_decoder, ALWAYS), *(pytest.param(n, marks=pytest.mark.slow) for n in EXHAUSTIVE if is_decoder(n))]
-ENCODERS = [n for n in ALWAYS if not is_decoder(n)]
-ENCODERS += [pytest.param(n, marks=pytest.mark.slow) for n in EXHAUSTIVE if not is_decoder(n)]
+DECODERS = [param for param in EVERY if is_decoder(param if isinstance(param, str) else param.values[0])]
+ENCODERS = [param for param in EVERY if param not in DECODERS]
 
 TOLERANCE = 1e-5
 

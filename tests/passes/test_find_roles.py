@@ -32,7 +32,8 @@ def roles(join, kind: str = "encoder", **widths: tuple[int, int]) -> dict[str, s
     reports = run(graph, NORMALISE + ANALYSE)
     found = {site.name: site.role for site in graph.sites}
     # What has no role is in the report, with the reason.
-    assert {skip.node for skip in reports["find_roles"].skipped} == {name for name, role in found.items() if role is None}
+    skipped = {skip.node for skip in reports["find_roles"].skipped}
+    assert skipped == {name for name, role in found.items() if role is None}
     return found
 
 

@@ -1,4 +1,4 @@
-"""The passes know graphs; the name of an architecture under `passes/` means that one of them looks at something else."""
+"""The passes know graphs: a name of an architecture under `passes/` would mean that one looks at something else."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 PASSES = Path(__file__).resolve().parents[2] / "passes"
-NAMES = re.compile(r"llama|qwen|gemma|\bphi\b|phi\d|mistral|mixtral|gpt|bert|bloom|falcon|deepseek|\bt5\b|\bopt\b|\bmpt\b", re.I)
+NAMES = re.compile(
+    r"llama|qwen|gemma|\bphi\b|phi\d|mistral|mixtral|gpt|bert|bloom|falcon|deepseek|\bt5\b|\bopt\b|\bmpt\b", re.I
+)
 
 
 def test_no_name_of_an_architecture_appears_under_passes() -> None:

@@ -141,8 +141,8 @@ def test_products_of_computed_values_are_no_concern() -> None:
     "equation, transposed",
     [
         ("bsk,nk->bsn", False), ("...k,nk->...n", False), ("bsk,kn->bsn", True), ("bsk, kn -> bsn", True),
-        ("bks,nk->bns", None), ("bsk,nk->bnk", None), ("bsk,ks->bs", None), ("bhk,hkn->bhn", None), ("bsk,kk->bsk", None),
-        ("bsk,nk", None), ("bsk,nk,n->bsn", None),
+        ("bks,nk->bns", None), ("bsk,nk->bnk", None), ("bsk,ks->bs", None), ("bhk,hkn->bhn", None),
+        ("bsk,kk->bsk", None), ("bsk,nk", None), ("bsk,nk,n->bsn", None),
     ],
 )  # fmt: skip
 def test_einsum_equations(equation: str, transposed: bool | None) -> None:
