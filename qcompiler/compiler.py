@@ -230,7 +230,7 @@ def _context(loaded: Loaded | None) -> Context:
 def _emit_onnx(writer: ArtifactWriter, prepared: Prepared, quantizer: Quantizer, target: Target, reporter: Reporter) -> dict[str, Any]:
     from qcompiler.capture.dimensions import ports
     from qcompiler.lower.external import check_saved, external_bytes, save
-    from qcompiler.lower.onnx import lower
+    from qcompiler.lower.onnx import lower, op_counts
     from qcompiler.lower.quick_match import quick_match
     from qcompiler.pipeline.accounting import layers_file, packed_totals
 
@@ -240,6 +240,7 @@ def _emit_onnx(writer: ArtifactWriter, prepared: Prepared, quantizer: Quantizer,
         lowered = lower(program, decoder=prepared.kind == "decoder")
     if target == "onnx-stock":
         packed = _to_stock(lowered.model, quantizer)
+        lowered.op_counts = op_counts(lowered.model)
     else:
         packed = packed_totals(lowered.model)
     inputs, outputs = ports(lowered.model)

@@ -13,6 +13,7 @@ from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 from qcompiler.artifact.manifest import version
 from qcompiler.capture.quiet import Quiet
 from qcompiler.errors import UnsupportedError
+from qcompiler.lower.last_logits import keep_last_logits
 from qcompiler.lower.share_cache import CacheResult, cache_layers, share_cache
 from qcompiler.ops.onnx_ops import attach_bodies
 
@@ -56,10 +57,17 @@ def lower(model: ir.Model, *, decoder: bool) -> Lowered:
     layers = cache_layers(model)
     cache = share_cache(model) if decoder and layers else CacheResult("growing", reason="no cache")
     notes["tidy"] = tidy.tidy(model)
+    if decoder:
+        notes["last_logits"] = keep_last_logits(model)
     notes["function_bodies"] = attach_bodies(model)
     clean_metadata(model)
+    return Lowered(model, cache, unfused_attention(model), op_counts(model), notes)
+
+
+def op_counts(model: ir.Model) -> dict[str, int]:
+    """Nodes by op type, the domain before it where it is not ONNX's own."""
     counts = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.all_nodes())
-    return Lowered(model, cache, unfused_attention(model), dict(sorted(counts.items())), notes)
+    return dict(sorted(counts.items()))
 
 
 def clean_metadata(model: ir.Model) -> None:
