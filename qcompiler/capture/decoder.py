@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,16 +28,11 @@ def prepare_decoder(model: PreTrainedModel) -> Prepared:
     description = model.config.model_type
     _check_cache(model, description)
     ids = torch.arange(_PROMPT_LENGTH).remainder(model.config.get_text_config().vocab_size)[None]
-    # Greedy, with a cache of plain growing layers: a checkpoint's own generation settings may ask for a static cache
-    # or for sampling. The layers of a sliding window grow like the others, and the mask applies the window.
-    settings = GenerationConfig(
-        do_sample=False, use_cache=True, bos_token_id=0, pad_token_id=0, eos_token_id=None, return_dict_in_generate=True
-    )
+    # With a cache of plain growing layers: the layers of a sliding window grow like the others, the mask applies it.
     request = dict(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=DynamicCache())
-    with Quiet():
+    with Quiet(), _plain_generation(model):
         try:
-            parts = decompose_for_generation(model, request, settings, multi_token_decode=True)
-            part, inputs = parts["decode"]
+            part, inputs = decompose_for_generation(model, request, multi_token_decode=True)["decode"]
             with torch.no_grad():
                 outputs = part(**copy.deepcopy(inputs))
         except Exception as error:
@@ -51,6 +48,19 @@ def prepare_decoder(model: PreTrainedModel) -> Prepared:
 
 # Taken out of the arguments by the exporter and set on the configuration instead.
 _SWITCHES = ("use_cache", "output_attentions", "output_hidden_states", "return_dict", "return_loss")
+
+
+@contextlib.contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Greedy, one sequence. `generate` fills what its argument leaves open from the model's own settings, and a
+    checkpoint's may ask for beams, sampling or a static cache: they are put aside.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig(do_sample=False, use_cache=True, bos_token_id=0, pad_token_id=0)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _check_cache(model: PreTrainedModel, description: str) -> None:
