@@ -16,7 +16,7 @@ from qcompiler.runtime.generate import generate
 from qcompiler.runtime.session import Session
 
 RECIPES = ("int8", "int4")
-PROMPT = "The import statement"
+PROMPT = "Return a list of"
 COLUMNS = (
     Column("model"),
     Column("size", size, right=True),
@@ -52,7 +52,7 @@ def main() -> int:
     show(document, as_json=False)
     print(f"\nThe int4 model continues {PROMPT!r}:\n\n{PROMPT}", end="")
     session = Session(options.output / "int4")
-    for token in generate(session, PROMPT, max_tokens=120, temperature=0.7, top_k=40, seed=0):
+    for token in generate(session, PROMPT, max_tokens=100, temperature=0.6, top_k=40, seed=2):
         print(token.text, end="", flush=True)
     print(f"\n\nnext: .venv/bin/qcompiler inspect {options.output / 'int4'}", file=sys.stderr)
     return 0
