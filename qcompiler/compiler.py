@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 Target = Literal["onnx", "onnx-stock", "torch"]
 TARGETS = ("onnx", "onnx-stock", "torch")
-MODEL_FILE, DATA_FILE, TORCH_FILE = "model.onnx", "model.onnx.data", "model.pt2"
 
 # Samples that the layers' output SQNR is measured on where the recipe's passes ask for no calibration.
 DEFAULT_SAMPLES, DEFAULT_LENGTH = 4, 256
@@ -85,6 +83,8 @@ def compile(
     Raises:
         QCompilerError: with the exit code of the command line; nothing is left behind.
     """
+    from qcompiler.emit import emit
+
     start = time.perf_counter()
     reporter = reporter or Silent()
     chosen = _recipe(recipe, strict_groups)
@@ -99,7 +99,6 @@ def compile(
     writer.check()
     loaded, prepared, quantizer = _prepare(model, chosen, text, samples, length, reporter, example, dynamic_shapes)
     with writer:
-        emit = _emit_torch if target == "torch" else _emit_onnx
         facts = emit(writer, prepared, quantizer, target, reporter)
         _write_records(writer, quantizer, facts["layers"], loaded)
         manifest = build_manifest(
@@ -168,7 +167,11 @@ def _describe_plan(quantizer: Quantizer) -> None:
         scheme = quantizer.context.schemes.get(site.name)
         if scheme is not None:
             size = sum(layout.packed_bytes(*site.shape, scheme.weight_format).values())
-            layers[site.name] = {"format": scheme.weight_format.label, "bytes": size, "bits_per_weight": round(8 * size / (site.shape[0] * site.shape[1]), 4)}
+            layers[site.name] = {
+                "format": scheme.weight_format.label,
+                "bytes": size,
+                "bits_per_weight": round(8 * size / (site.shape[0] * site.shape[1]), 4),
+            }
 
 
 def _recipe(recipe: str | Path | dict | Recipe, strict_groups: bool) -> Recipe:
@@ -213,7 +216,12 @@ def _samples(
 
         from qcompiler.evaluate.calibration import calibration_batches
 
-        windows = calibration_batches(loaded.directory, text=text, samples=samples, length=length or min(_context(loaded).default or DEFAULT_LENGTH, DEFAULT_LENGTH))
+        windows = calibration_batches(
+            loaded.directory,
+            text=text,
+            samples=samples,
+            length=length or min(_context(loaded).default or DEFAULT_LENGTH, DEFAULT_LENGTH),
+        )
         for window in windows:
             yield feed(prepared, torch.as_tensor(window).reshape(1, -1))
 
@@ -225,121 +233,6 @@ def _context(loaded: Loaded | None) -> Context:
     from qcompiler.evaluate.windows import Context
 
     return Context.of_config(loaded.config) if loaded is not None else Context()
-
-
-def _emit_onnx(writer: ArtifactWriter, prepared: Prepared, quantizer: Quantizer, target: Target, reporter: Reporter) -> dict[str, Any]:
-    from qcompiler.capture.dimensions import ports
-    from qcompiler.lower.external import check_saved, external_bytes, save
-    from qcompiler.lower.onnx import lower, op_counts
-    from qcompiler.lower.quick_match import quick_match
-    from qcompiler.pipeline.accounting import layers_file, packed_totals
-
-    with quick_match():
-        program = prepared.export_onnx(quantizer)
-        reporter.stage("lower")
-        lowered = lower(program, decoder=prepared.kind == "decoder")
-    if target == "onnx-stock":
-        packed = _to_stock(lowered.model, quantizer)
-        lowered.op_counts = op_counts(lowered.model)
-    else:
-        packed = packed_totals(lowered.model)
-    inputs, outputs = ports(lowered.model)
-    reporter.stage("write")
-    writer.reserve(external_bytes(lowered.model))
-    with writer.open(DATA_FILE) as data:
-        saved = save(lowered.model, writer.path(MODEL_FILE), data, DATA_FILE)
-    check_saved(writer.path(MODEL_FILE), saved)
-    writer.write_json("trace/lowering.json", {"schema": 1, "ops": lowered.op_counts, "notes": lowered.notes, "cache": lowered.cache.reason})
-    return {
-        "layers": layers_file(quantizer, saved, packed),
-        "manifest": {
-            "entry": MODEL_FILE,
-            "inputs": [_port(p) for p in inputs],
-            "outputs": [{"name": p.name, "dtype": p.dtype, "shape": list(p.shape)} for p in outputs],
-            "cache": _cache(lowered, inputs, outputs),
-            "unfused": lowered.unfused,
-        },
-    }
-
-
-def _to_stock(model: Any, quantizer: Quantizer) -> dict[str, int]:
-    """Lower to stock ops; the layers' records then tell what their tensors take there. Totals by kind."""
-    from qcompiler.lower.stock import to_stock
-    from qcompiler.pipeline.accounting import KINDS, layer_records
-    from qcompiler.pipeline.instruments import peak_rss_bytes
-
-    start = time.perf_counter()
-    weights = to_stock(model)
-    layers = {}
-    for record in layer_records(quantizer):
-        if record["format"] != "float32":
-            size = sum(weights[f"{record['packed_as']}.codes"].values())
-            layers[record["name"]] = {"bytes": size, "bits_per_weight": round(8 * size / math.prod(record["shape"]), 4)}
-    timing = {"milliseconds": 1000 * (time.perf_counter() - start), "peak_rss_bytes": peak_rss_bytes()}
-    quantizer.trace.add_numbers("to_stock", "lower", layers, {}, timing)
-    return {key: sum(sizes[key] for sizes in weights.values()) for key in KINDS}
-
-
-def _port(port: Any) -> dict[str, Any]:
-    result = {"name": port.name, "dtype": port.dtype, "shape": list(port.shape), "role": port.role}
-    return result if port.layer is None else result | {"layer": port.layer}
-
-
-def _cache(lowered: Any, inputs: list[Any], outputs: list[Any]) -> dict[str, Any] | None:
-    from qcompiler.lower.share_cache import cache_layers
-
-    layers = cache_layers(lowered.model)
-    if not layers:
-        return None
-    by_name = {p.name: p for p in inputs}
-    records = []
-    for layer in layers:
-        shape = by_name[layer.past_key].shape
-        names = {key: getattr(layer, key) for key in ("past_key", "past_value", "present_key", "present_value")}
-        records.append({**names, "heads": shape[1], "head_dim": shape[-1], "dtype": by_name[layer.past_key].dtype})
-    return {"kind": lowered.cache.kind, "past_length": lowered.cache.past_length, "reason": lowered.cache.reason, "layers": records}
-
-
-def _emit_torch(writer: ArtifactWriter, prepared: Prepared, quantizer: Quantizer, target: Target, reporter: Reporter) -> dict[str, Any]:
-    from qcompiler.lower import torch as lower
-    from qcompiler.lower.external import Placed, Saved
-    from qcompiler.pipeline.accounting import layers_file, planned_totals
-
-    inputs, outputs = lower.ports(prepared)
-    program = prepared.export_torch(quantizer)
-    reporter.stage("lower")
-    flat = lower.flatten(program, prepared)
-    reporter.stage("write")
-    path = writer.path(TORCH_FILE)
-    weights = lower.save(flat, path)
-    # the container's own bytes stand under `graph`
-    saved = Saved((Placed(TORCH_FILE, 0, weights),), path.stat().st_size - weights, weights)
-    return {
-        "layers": layers_file(quantizer, saved, planned_totals(quantizer)),
-        "manifest": {
-            "entry": TORCH_FILE,
-            "inputs": [_port(p) for p in inputs],
-            "outputs": [{"name": _output_name(p), "dtype": p.dtype, "shape": list(p.shape)} for p in outputs],
-            "cache": _torch_cache(inputs),
-            "unfused": [],
-        },
-    }
-
-
-def _output_name(port: Any) -> str:
-    """A cache's tensor goes out under another name than it came in."""
-    return f"output.{port.name}" if port.role.startswith("present") else port.name
-
-
-def _torch_cache(inputs: list[Any]) -> dict[str, Any] | None:
-    keys = [p for p in inputs if p.role == "past_key"]
-    values = [p for p in inputs if p.role == "past_value"]
-    layers = [
-        {"past_key": k.name, "past_value": v.name, "present_key": f"output.{k.name}", "present_value": f"output.{v.name}",
-         "heads": k.shape[1], "head_dim": k.shape[-1], "dtype": k.dtype}
-        for k, v in zip(keys, values)
-    ]  # fmt: skip
-    return {"kind": "growing", "past_length": None, "reason": "torch concatenates", "layers": layers} if layers else None
 
 
 def _write_records(writer: ArtifactWriter, quantizer: Quantizer, layers: dict[str, Any], loaded: Loaded | None) -> None:

@@ -30,7 +30,9 @@ class TorchProgram:
 
             import qcompiler.ops.torch_ops  # noqa: F401  registers the ops that the program calls
         except ImportError as error:
-            raise UnsupportedError(f"{artifact.path} was compiled for torch, which is not installed: pip install 'qcompiler[compile]'") from error
+            raise UnsupportedError(
+                f"{artifact.path} was compiled for torch, which is not installed: pip install 'qcompiler[compile]'"
+            ) from error
         self._torch = torch
         if threads is not None:
             torch.set_num_threads(threads)

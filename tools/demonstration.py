@@ -31,7 +31,9 @@ COLUMNS = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("output", nargs="?", type=Path, default=Path("demo"), help="where the artifacts go (default: ./demo)")
+    parser.add_argument(
+        "output", nargs="?", type=Path, default=Path("demo"), help="where the artifacts go (default: ./demo)"
+    )
     parser.add_argument("--windows", type=int, default=120, help="evaluation windows (default: 120)")
     options = parser.parse_args()
     options.output.mkdir(exist_ok=True)
@@ -39,15 +41,39 @@ def main() -> int:
     with make_reporter() as reporter:
         for recipe in RECIPES:
             start = time.perf_counter()
-            result = compile("reference", output=options.output / recipe, recipe=recipe, overwrite=True, reporter=reporter)
+            result = compile(
+                "reference", output=options.output / recipe, recipe=recipe, overwrite=True, reporter=reporter
+            )
             seconds = time.perf_counter() - start
             reporter.stage(f"evaluate {recipe}")
             scores = evaluate(str(result.path), against="reference", max_windows=options.windows, reporter=reporter)
             speed = bench(result.path, prompt_tokens=64, new_tokens=64, repeats=5)
             totals = result.layers["totals"]
             if not rows:
-                rows.append(("reference, float32", 4 * result.manifest["model"]["parameters"], 32.0, scores["against_perplexity"], 0.0, 1.0, None, None))
-            rows.append((f"reference, {recipe}", totals["bytes"]["total"], totals["bits_per_weight"], scores["perplexity"], scores["kld_mean"], scores["same_top"], speed["decode_tokens_per_second"]["median"], seconds))
+                rows.append(
+                    (
+                        "reference, float32",
+                        4 * result.manifest["model"]["parameters"],
+                        32.0,
+                        scores["against_perplexity"],
+                        0.0,
+                        1.0,
+                        None,
+                        None,
+                    )
+                )
+            rows.append(
+                (
+                    f"reference, {recipe}",
+                    totals["bytes"]["total"],
+                    totals["bits_per_weight"],
+                    scores["perplexity"],
+                    scores["kld_mean"],
+                    scores["same_top"],
+                    speed["decode_tokens_per_second"]["median"],
+                    seconds,
+                )
+            )
     document = Document("demo", {}, [Table("", COLUMNS, rows)])
     show(document, as_json=False)
     print(f"\nThe int4 model continues {PROMPT!r}:\n\n{PROMPT}", end="")

@@ -34,7 +34,9 @@ class AssignFormats(Pass):
                 context.left_in_float[site.name] = f"rows of {k} weights; the kernels sum at most {LARGEST_K}"
             else:
                 if context.recipe.strict_groups and scheme.weight_format.group and k % scheme.weight_format.group:
-                    raise UsageError(f"layer {site.name}: rows of {k} do not divide into groups of {scheme.group}, and the recipe says strict_groups")
+                    raise UsageError(
+                        f"layer {site.name}: rows of {k} do not divide into groups of {scheme.group}, and the recipe says strict_groups"
+                    )
                 context.schemes[site.name] = scheme
                 report.layers[site.name] = {"format": scheme.weight_format.label, "activation": scheme.activations}
                 report.changed += 1
@@ -52,7 +54,9 @@ def _check_ties(sites: list[Site], context: Context) -> None:
         if site.tie_group is None:
             continue
         first = groups.setdefault(site.tie_group, site)
-        formats = [context.schemes[s.name].weight_format.label if s.name in context.schemes else "float" for s in (first, site)]
+        formats = [
+            context.schemes[s.name].weight_format.label if s.name in context.schemes else "float" for s in (first, site)
+        ]
         if formats[0] != formats[1]:
             raise UsageError(
                 f"{first.name} and {site.name} are one tied tensor, but the recipe asks for {formats[0]} and {formats[1]}; give both the same weight format"

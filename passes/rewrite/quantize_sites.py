@@ -1,7 +1,7 @@
 """Replace every solved site by the op that reads its packed weight.
 
-    linear(x, W, b)   ─▶  qcompiler::linear_nbit(x, codes, scales[, zeros], b)
-    embedding(W, ids) ─▶  qcompiler::embedding_nbit(ids, codes, scales[, zeros])
+linear(x, W, b)   ─▶  qcompiler::linear_nbit(x, codes, scales[, zeros], b)
+embedding(W, ids) ─▶  qcompiler::embedding_nbit(ids, codes, scales[, zeros])
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ class QuantizeSites(Pass):
             else:
                 bias = node.args[2] if len(node.args) > 2 else None
                 activation = int(context.schemes[site.name].activation)
-                new = fx.call_function(overload("linear_nbit"), (node.args[0], *tensors, bias, *sizes, activation, LAYOUT_VERSION))
+                new = fx.call_function(
+                    overload("linear_nbit"), (node.args[0], *tensors, bias, *sizes, activation, LAYOUT_VERSION)
+                )
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         fx.erase_node(node)

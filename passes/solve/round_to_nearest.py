@@ -1,6 +1,6 @@
 """Round every weight to the nearest code of its format: the baseline of all methods, and often enough.
 
-    W  ─▶  (q, S[, Z]),  W ≈ S · (q − Z)
+W  ─▶  (q, S[, Z]),  W ≈ S · (q − Z)
 """
 
 from __future__ import annotations

@@ -122,7 +122,9 @@ def check_saved(path: Path, saved: Saved) -> None:
         if external is None:
             raise GateError(f"{path.name}: tensor {tensor.name!r} was not saved")
         if (external.offset, external.length) != (tensor.offset, tensor.bytes):
-            raise GateError(f"{path.name}: tensor {tensor.name!r} lies at {external.offset}+{external.length}, expected {tensor.offset}+{tensor.bytes}")
+            raise GateError(
+                f"{path.name}: tensor {tensor.name!r} lies at {external.offset}+{external.length}, expected {tensor.offset}+{tensor.bytes}"
+            )
         end, size = tensor.offset + tensor.bytes, Path(external.path).stat().st_size
         if end > size:
             raise GateError(f"{Path(external.path).name}: {size} bytes, but tensor {tensor.name!r} ends at {end}")

@@ -53,7 +53,9 @@ def lower(model: ir.Model, *, decoder: bool) -> Lowered:
         try:
             fuse_for_onnxruntime(model, "cpu")
         except Exception as error:
-            raise UnsupportedError(f"ONNX Runtime's fusions failed on the exported graph: {type(error).__name__}: {error}") from error
+            raise UnsupportedError(
+                f"ONNX Runtime's fusions failed on the exported graph: {type(error).__name__}: {error}"
+            ) from error
     layers = cache_layers(model)
     cache = share_cache(model) if decoder and layers else CacheResult("growing", reason="no cache")
     notes["tidy"] = tidy.tidy(model)
@@ -66,7 +68,9 @@ def lower(model: ir.Model, *, decoder: bool) -> Lowered:
 
 def op_counts(model: ir.Model) -> dict[str, int]:
     """Nodes by op type, the domain before it where it is not ONNX's own."""
-    counts = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.all_nodes())
+    counts = Counter(
+        f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.all_nodes()
+    )
     return dict(sorted(counts.items()))
 
 
@@ -93,7 +97,12 @@ def unfused_attention(model: ir.Model) -> list[dict[str, str]]:
     found = []
     for node in model.graph.all_nodes():
         if node.op_type == "Softmax" and _reaches_matmul(node):
-            found.append({"node": node.name or node.outputs[0].name or "", "reason": "ONNX Runtime's fusions do not express this attention"})
+            found.append(
+                {
+                    "node": node.name or node.outputs[0].name or "",
+                    "reason": "ONNX Runtime's fusions do not express this attention",
+                }
+            )
     return found
 
 
@@ -102,6 +111,10 @@ def _reaches_matmul(node: ir.Node, depth: int = 4) -> bool:
     for user, _ in node.outputs[0].uses():
         if user.op_type == "MatMul" and all(v is not None and v.const_value is None for v in user.inputs):
             return True
-        if depth and user.op_type in ("Where", "Cast", "Mul", "IsNaN", "Reshape", "Add", "Dropout") and _reaches_matmul(user, depth - 1):
+        if (
+            depth
+            and user.op_type in ("Where", "Cast", "Mul", "IsNaN", "Reshape", "Add", "Dropout")
+            and _reaches_matmul(user, depth - 1)
+        ):
             return True
     return False

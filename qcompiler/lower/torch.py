@@ -27,11 +27,16 @@ def flatten(program: torch.export.ExportedProgram, prepared: Prepared) -> torch.
     tensors = tuple(get_leaf_tensors(arguments(prepared)).values())
     module.graph.set_codegen(torch.fx.graph.CodeGen())
     module = torch.fx.GraphModule(module, module.graph)  # without the hook that checks the nested arguments
-    shapes = tuple(dict.fromkeys(prepared.axes.get(path, {}), torch.export.Dim.AUTO) for path in get_leaf_tensors(arguments(prepared)))
+    shapes = tuple(
+        dict.fromkeys(prepared.axes.get(path, {}), torch.export.Dim.AUTO)
+        for path in get_leaf_tensors(arguments(prepared))
+    )
     try:
         return torch.export.export(module, tensors, dynamic_shapes=shapes, strict=False)
     except Exception as error:
-        raise UnsupportedError(f"{prepared.description}: torch cannot export the quantized graph: {type(error).__name__}: {error}") from error
+        raise UnsupportedError(
+            f"{prepared.description}: torch cannot export the quantized graph: {type(error).__name__}: {error}"
+        ) from error
 
 
 def ports(prepared: Prepared) -> tuple[list[Port], list[Port]]:
@@ -43,7 +48,9 @@ def ports(prepared: Prepared) -> tuple[list[Port], list[Port]]:
     with torch.no_grad():
         results: Any = prepared.module(**prepared.example())
     named = get_leaf_tensors(results if not isinstance(results, torch.Tensor) else {"output": results})
-    outputs = [output_port(path, _shape(tensor, _grown(path, prepared)), _dtype(tensor)) for path, tensor in named.items()]
+    outputs = [
+        output_port(path, _shape(tensor, _grown(path, prepared)), _dtype(tensor)) for path, tensor in named.items()
+    ]
     return inputs, outputs
 
 
@@ -52,7 +59,13 @@ def _grown(path: str, prepared: Prepared) -> dict[int, str]:
     if path in prepared.axes:
         return dict.fromkeys(prepared.axes[path], "total_length")
     batch = {0: "batch"} if any(0 in axes for axes in prepared.axes.values()) else {}
-    return batch if path == "pooler_output" else {**batch, 1: "length"} if prepared.kind == "decoder" or path in ("last_hidden_state", "logits") else batch
+    return (
+        batch
+        if path == "pooler_output"
+        else {**batch, 1: "length"}
+        if prepared.kind == "decoder" or path in ("last_hidden_state", "logits")
+        else batch
+    )
 
 
 def _shape(tensor: torch.Tensor, axes: dict[int, str]) -> tuple[int | str, ...]:
@@ -67,4 +80,8 @@ def save(program: torch.export.ExportedProgram, path: Path) -> int:
     """Write the program; returns the bytes of its tensors."""
     program.example_inputs = None  # they are calibration data of no use to a runtime
     torch.export.save(program, path)
-    return sum(t.numel() * t.element_size() for t in [*program.state_dict.values(), *program.constants.values()] if isinstance(t, torch.Tensor))
+    return sum(
+        t.numel() * t.element_size()
+        for t in [*program.state_dict.values(), *program.constants.values()]
+        if isinstance(t, torch.Tensor)
+    )

@@ -39,9 +39,19 @@ def layer_records(quantizer: Quantizer) -> list[dict[str, Any]]:
         }
         scheme = context.schemes.get(site.name)
         if scheme is None:
-            record |= {"format": "float32", "bytes": 4 * n * k, "bits_per_weight": 32.0, "reason": context.left_in_float.get(site.name)}
+            record |= {
+                "format": "float32",
+                "bytes": 4 * n * k,
+                "bits_per_weight": 32.0,
+                "reason": context.left_in_float.get(site.name),
+            }
         else:
-            record |= {"bits": scheme.bits, "group": scheme.weight_format.group, "symmetric": scheme.symmetric, "activation": scheme.activations}
+            record |= {
+                "bits": scheme.bits,
+                "group": scheme.weight_format.group,
+                "symmetric": scheme.symmetric,
+                "activation": scheme.activations,
+            }
             record |= state.get(site.name, {})
             if site.kind == "embedding":
                 record["activation"] = None  # a lookup has none

@@ -6,7 +6,18 @@ import platform
 from importlib import metadata
 from typing import Any
 
-PACKAGES = ("qcompiler", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy", "safetensors", "tokenizers")
+PACKAGES = (
+    "qcompiler",
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxscript",
+    "onnx-ir",
+    "onnxruntime",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+)
 
 
 def environment() -> dict[str, Any]:

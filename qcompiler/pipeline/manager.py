@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from qcompiler.pipeline.context import Context
 
 # The verifier's stage that holds once passes of this stage are done.
-_HOLDS_AFTER = {"normalise": "normalised", "analyse": "analysed", "transform": "analysed", "observe": "analysed", "solve": "analysed", "rewrite": "rewritten"}
+_HOLDS_AFTER = {
+    "normalise": "normalised",
+    "analyse": "analysed",
+    "transform": "analysed",
+    "observe": "analysed",
+    "solve": "analysed",
+    "rewrite": "rewritten",
+}
 
 
 class PassManager:
@@ -77,7 +84,9 @@ class PassManager:
         if step.required and not report.matched and step.name not in allow.unmatched:
             near = "".join(f"\n  {skip.node}: {skip.reason}" for skip in report.skipped[:8])
             misses = f" Nearest misses:{near}" if near else ""
-            raise GateError(f"pass {step.name} matched nothing.{misses}\nAllow it with the recipe's allow: {{unmatched: [{step.name}]}}")
+            raise GateError(
+                f"pass {step.name} matched nothing.{misses}\nAllow it with the recipe's allow: {{unmatched: [{step.name}]}}"
+            )
         fallbacks = sum(len(entry.record["fallbacks"]) for entry in self.trace.entries)
         if fallbacks > allow.fallbacks:
             listed = "".join(f"\n  {skip.node}: {skip.reason}" for skip in report.fallbacks[:8])

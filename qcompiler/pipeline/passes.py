@@ -75,4 +75,6 @@ class Pass:
             return TypeAdapter(cls).validate_python(options)
         except ValidationError as error:
             first = error.errors()[0]
-            raise ValueError(f"{cls.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}; found {first['input']!r}") from error
+            raise ValueError(
+                f"{cls.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}; found {first['input']!r}"
+            ) from error

@@ -43,7 +43,13 @@ class _Probe(Interpreter):
     def _quantized(self, site: Site, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         format = self.context.solutions[site.name].format
         packed = self.packed[site.name]
-        sizes = (format.bits, format.group, *site.shape, int(self.context.schemes[site.name].activation), LAYOUT_VERSION)
+        sizes = (
+            format.bits,
+            format.group,
+            *site.shape,
+            int(self.context.schemes[site.name].activation),
+            LAYOUT_VERSION,
+        )
         return overload("linear_nbit")(x, packed["codes"], packed["scales"], packed.get("zeros"), bias, *sizes)
 
 

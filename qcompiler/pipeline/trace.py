@@ -43,7 +43,9 @@ class Trace:
 
     entries: list[Entry] = field(default_factory=list)
 
-    def add(self, step: Pass | None, report: Report, text: str, nodes: tuple[int, int], timing: dict[str, float]) -> None:
+    def add(
+        self, step: Pass | None, report: Report, text: str, nodes: tuple[int, int], timing: dict[str, float]
+    ) -> None:
         index = len(self.entries)
         name = step.name if step is not None else "capture"
         record = {
@@ -53,14 +55,19 @@ class Trace:
             "stage": step.stage if step is not None else "capture",
             "config": plain(step) if step is not None else {},
             "required": step.required if step is not None else False,
-            **{key: plain(getattr(report, key)) for key in ("matched", "changed", "skipped", "fallbacks", "notes", "layers")},
+            **{
+                key: plain(getattr(report, key))
+                for key in ("matched", "changed", "skipped", "fallbacks", "notes", "layers")
+            },
             "nodes_before": nodes[0],
             "nodes_after": nodes[1],
             "graph": f"trace/graphs/{index:03d}-{name}.txt",
         }
         self.entries.append(Entry(record, {"index": index, "name": name, **plain(timing)}, text))
 
-    def add_numbers(self, name: str, stage: str, layers: dict[str, dict[str, Any]], notes: dict[str, Any], timing: dict[str, float]) -> None:
+    def add_numbers(
+        self, name: str, stage: str, layers: dict[str, dict[str, Any]], notes: dict[str, Any], timing: dict[str, float]
+    ) -> None:
         """A measurement between passes: the graph stays as it is, layers gain numbers."""
         last = self.entries[-1]
         nodes = (last.record["nodes_after"],) * 2

@@ -36,7 +36,9 @@ def load(source: str | Path | dict | Recipe) -> Recipe:
         return parse(source, "recipe")
     text = str(source)
     if text in builtin_names():
-        return parse(yaml.safe_load((resources.files("qcompiler.recipe") / "builtin" / f"{text}.yaml").read_text("utf-8")), text)
+        return parse(
+            yaml.safe_load((resources.files("qcompiler.recipe") / "builtin" / f"{text}.yaml").read_text("utf-8")), text
+        )
     path = Path(source)
     if path.suffix not in (".yaml", ".yml", ".json") and not path.exists():
         raise UsageError(unknown_key("recipe", text, builtin_names()) + "; or give a YAML file")
@@ -61,7 +63,11 @@ def parse(data: Any, where: str) -> Recipe:
 
 def _relevant(error: ValidationError, data: dict) -> list:
     """Without the complaints of the union member that was plainly not meant (a mapping is no literal "float")."""
-    errors = [e for e in error.errors() if not (e["type"] == "literal_error" and e["loc"][-1] == "literal['float']" and isinstance(e["input"], dict))]
+    errors = [
+        e
+        for e in error.errors()
+        if not (e["type"] == "literal_error" and e["loc"][-1] == "literal['float']" and isinstance(e["input"], dict))
+    ]
     return errors or error.errors()
 
 
@@ -69,7 +75,14 @@ def _explain(error: Any, where: str) -> str:
     path = [str(part) for part in error["loc"] if not str(part).startswith(("Scheme", "literal[", "function-"))]
     place = f"recipe {where}: {'.'.join(path)}"
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        owner = {"linear": "Scheme", "embed": "Scheme", "head": "Scheme", "scheme": "Scheme", "select": "Select", "allow": "Allow"}
+        owner = {
+            "linear": "Scheme",
+            "embed": "Scheme",
+            "head": "Scheme",
+            "scheme": "Scheme",
+            "select": "Select",
+            "allow": "Allow",
+        }
         parent = path[-2] if len(path) > 1 else ""
         known = _FIELDS[owner.get(parent, "Override" if parent.isdigit() else "Recipe")]
         return f"{place}: {unknown_key('key', path[-1], known)}"

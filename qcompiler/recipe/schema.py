@@ -114,7 +114,9 @@ def _one_pass(value: Any) -> Any:
     if isinstance(value, str):
         value = {value: {}}
     if not (isinstance(value, dict) and len(value) == 1):
-        raise ValueError(f"a pass is its name, or its name with its options, e.g. 'round_to_nearest: {{clipping: mse}}'; found {value!r}")
+        raise ValueError(
+            f"a pass is its name, or its name with its options, e.g. 'round_to_nearest: {{clipping: mse}}'; found {value!r}"
+        )
     (name, options), *_ = value.items()
     if name not in RECIPE_PASSES:
         raise ValueError(unknown_key("pass", name, RECIPE_PASSES))
@@ -141,7 +143,9 @@ class Recipe:
     embed: SchemeOrFloat = Scheme(bits=8)
     head: SchemeOrFloat = Scheme(bits=8, activations="int8-token")
     overrides: tuple[Override, ...] = ()
-    passes: tuple[Annotated[Any, BeforeValidator(_one_pass)], ...] = Field(default=("round_to_nearest",), validate_default=True)
+    passes: tuple[Annotated[Any, BeforeValidator(_one_pass)], ...] = Field(
+        default=("round_to_nearest",), validate_default=True
+    )
     allow: Allow = Allow()
     strict_groups: bool = False
     description: str = ""

@@ -35,7 +35,11 @@ def test_the_textbook_example():
 def test_dequantized_values_are_fixed_points(format, clipping):
     fitted = affine.fit(weight(), format, clipping)
     groups = fitted.scales.float().repeat_interleave(format.group or 200, 1)[:, :200]
-    zeros = format.center if fitted.zeros is None else fitted.zeros.float().repeat_interleave(format.group or 200, 1)[:, :200]
+    zeros = (
+        format.center
+        if fitted.zeros is None
+        else fitted.zeros.float().repeat_interleave(format.group or 200, 1)[:, :200]
+    )
     again = affine.quantize(fitted.dequantize(), groups, torch.as_tensor(zeros), format)
     assert torch.equal(again, fitted.codes.float())
 

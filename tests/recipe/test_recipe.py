@@ -49,7 +49,10 @@ def test_the_last_matching_override_wins():
     recipe = Recipe(
         name="x",
         linear=Scheme(bits=4),
-        overrides=(Override(Select(role="attn.*"), Scheme(bits=8)), Override(Select(name="a.*", max_size=10), Scheme(bits=2))),
+        overrides=(
+            Override(Select(role="attn.*"), Scheme(bits=8)),
+            Override(Select(name="a.*", max_size=10), Scheme(bits=2)),
+        ),
     )
     assert recipe.scheme("b", "linear", "attn.q", 100).bits == 8
     assert recipe.scheme("a.q", "linear", "attn.q", 10).bits == 2
