@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.exporters.configs import ExportFormat
 from transformers.exporters.quantizers.base import ExportQuantizer
+from transformers.exporters.quantizers.utils import traced_inputs
 
 from qcompiler import recipe as recipes
 from qcompiler.errors import GateError, InputError
@@ -31,9 +32,11 @@ class Quantizer(ExportQuantizer):
         reporter: progress; silent by default.
         samples: yields keyword arguments of the graph for calibration and for the layers' output SQNR; defaults to
             `calibration_dataset`, else to the inputs that the graph was captured with.
+        calibration_dataset: keyword arguments of the exported module's `forward`, in any order; keys that the graph does
+            not take are left out.
         verify_each: verify the graph after every pass (tests).
 
-    After `quantize`: `trace`, `graph` and `context` hold what happened.
+    After `quantize`: `trace`, `graph` and `context` hold what happened; a second `quantize` begins them anew.
     """
 
     quantizes_fx_graph = True
@@ -69,9 +72,9 @@ class Quantizer(ExportQuantizer):
         """
         kind = self.kind or ("decoder" if any("past" in name for name in sample_inputs) else "encoder")
         graph = self.graph = Graph(model, kind, sample_inputs)
-        calibration = self.calibration_dataset
-        samples = self.samples or (lambda: calibration if calibration is not None else [sample_inputs])
-        context = self.context = Context(self.recipe, self.reporter, samples=samples)
+        # One quantizer serves every component of a model, and a copy of it (`with_calibration`) shares its attributes.
+        self.trace = Trace()
+        context = self.context = Context(self.recipe, self.reporter, samples=self.samples or self._calibration(sample_inputs))
         manager = PassManager(self.trace, self.verify_each)
         manager.capture(graph)
         before, after = pipeline(self.recipe)
@@ -80,6 +83,23 @@ class Quantizer(ExportQuantizer):
         self._probe(graph, context, manager)
         manager.run(graph, context, after)
         return graph.module
+
+    def _calibration(self, sample_inputs: dict[str, Any]) -> Callable[[], Iterable[dict[str, Any]]]:
+        """The calibration set as arguments of the graph, in its order; the capture's own inputs where there is none."""
+        given = self.calibration_dataset
+        if given is None:
+            return lambda: [sample_inputs]
+        # Read once a pass: what can be read only once is kept.
+        dataset = list(given) if iter(given) is given else given
+
+        def read() -> Iterator[dict[str, Any]]:
+            for index, sample in enumerate(dataset):
+                try:
+                    yield traced_inputs(sample, list(sample_inputs))
+                except ValueError as error:
+                    raise InputError(f"calibration sample {index}: {error}") from error
+
+        return read
 
     def _probe(self, graph: Graph, context: Context, manager: PassManager) -> None:
         self.reporter.stage("measure_outputs")

@@ -16,6 +16,7 @@ from qcompiler.errors import UnsupportedError
 from qcompiler.lower.last_logits import keep_last_logits
 from qcompiler.lower.share_cache import CacheResult, cache_layers, share_cache
 from qcompiler.ops.onnx_ops import attach_bodies
+from qcompiler.pipeline.trace import plain
 
 
 @dataclass
@@ -60,7 +61,7 @@ def lower(model: ir.Model, *, decoder: bool) -> Lowered:
     cache = share_cache(model) if decoder and layers else CacheResult("growing", reason="no cache")
     notes["tidy"] = tidy.tidy(model)
     if decoder:
-        notes["last_logits"] = keep_last_logits(model)
+        notes["last_logits"] = plain(keep_last_logits(model))
     notes["function_bodies"] = attach_bodies(model)
     clean_metadata(model)
     return Lowered(model, cache, unfused_attention(model), op_counts(model), notes)
