@@ -1,7 +1,8 @@
 """onnxscript's pattern matcher without a walk over the whole graph for every node that cannot match.
 
 A pattern with several outputs is tried at every node, and each try lists all nodes of the graph by type before it looks
-at the one that it was given: quadratic, minutes for a graph of a few thousand nodes. Looking first changes no match.
+at the one that it was given. That is quadratic: half of the time that fusing twelve layers takes, more of deeper models.
+Looking first changes no match.
 """
 
 from __future__ import annotations

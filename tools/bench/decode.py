@@ -60,9 +60,9 @@ def main() -> int:
     with _work(chosen.work) as work:
         cases = [_case(name, recipe, work, chosen) for name in names for recipe in chosen.recipes.split(",")]
     document = _document(cases, chosen)
-    tables.show(document)
     if chosen.json:
         chosen.json.write_text(document.to_json() + "\n")
+    tables.show(document)
     return 0
 
 
@@ -120,8 +120,10 @@ def _round(sides: dict, reads: dict[str, limit.Read], order: random.Random, prom
             sessions[target].step(int(tokens[0]))
         time.sleep(PAUSE)
         result[target] |= _run(sessions[target], tokens, chosen.tokens)
-    for target in _shuffled(order):
-        result[target]["limit"] = reads[target].best()
+    # one machine, one limit: the faster of the two files' reads holds for both
+    best = max(reads[target].best() for target in _shuffled(order))
+    for target in TARGETS:
+        result[target]["limit"] = best
     return result
 
 
@@ -214,7 +216,7 @@ def _table(case: dict[str, Any]) -> Table:
     megabytes = lambda side, key: f"{side[key] / 1e6:.1f}"  # noqa: E731
     rows.append(("weights a token", "MB", megabytes(ours, "bytes_a_token"), megabytes(peer, "bytes_a_token"), None))
     rows.append(("files", "MB", megabytes(ours, "file_bytes"), megabytes(peer, "file_bytes"), None))
-    if "seconds" in ours["compile"]:
+    if ours["compile"].keys() & peer["compile"].keys():
         for what, unit, key, scale in (("compile", "s", "seconds", 1), ("its peak memory", "MB", "peak_bytes", 1e-6)):
             rows.append((what, unit, *(f"{side['compile'][key] * scale:.0f}" for side in (ours, peer)), None))
     columns = (Column(f"{case['model']} {case['recipe']}"), Column("unit"), Column("qcompiler", right=True),
