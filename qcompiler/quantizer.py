@@ -32,8 +32,8 @@ class Quantizer(ExportQuantizer):
         reporter: progress; silent by default.
         samples: yields keyword arguments of the graph for calibration and for the layers' output SQNR; defaults to
             `calibration_dataset`, else to the inputs that the graph was captured with.
-        calibration_dataset: keyword arguments of the exported module's `forward`, in any order; keys that the graph does
-            not take are left out.
+        calibration_dataset: keyword arguments of the exported module's `forward`, in any order; keys that the graph
+            does not take are left out.
         verify_each: verify the graph after every pass (tests).
 
     After `quantize`: `trace`, `graph` and `context` hold what happened; a second `quantize` begins them anew.
@@ -74,7 +74,9 @@ class Quantizer(ExportQuantizer):
         graph = self.graph = Graph(model, kind, sample_inputs)
         # One quantizer serves every component of a model, and a copy of it (`with_calibration`) shares its attributes.
         self.trace = Trace()
-        context = self.context = Context(self.recipe, self.reporter, samples=self.samples or self._calibration(sample_inputs))
+        context = self.context = Context(
+            self.recipe, self.reporter, samples=self.samples or self._calibration(sample_inputs)
+        )
         manager = PassManager(self.trace, self.verify_each)
         manager.capture(graph)
         before, after = pipeline(self.recipe)
@@ -114,13 +116,15 @@ class Quantizer(ExportQuantizer):
         coverage, left = self.coverage()
         if coverage < self.recipe.allow.min_coverage:
             listed = "".join(f"\n  {name}: {size} bytes: {reason}" for name, (size, reason) in left.items())
+            asked = self.recipe.allow.min_coverage
             raise GateError(
-                f"{coverage:.1%} of the bytes of constant matmul weights would be quantized, {self.recipe.allow.min_coverage:.0%} are asked for; "
-                f"left in float:{listed}\nAllow it with the recipe's allow: {{min_coverage: {max(0.0, coverage - 0.005):.2f}}}"
+                f"{coverage:.1%} of the bytes of constant matmul weights would be quantized, {asked:.0%} are asked for; "
+                f"left in float:{listed}\n"
+                f"Allow it with the recipe's allow: {{min_coverage: {max(0.0, coverage - 0.005):.2f}}}"
             )
 
     def coverage(self) -> tuple[float, dict[str, tuple[int, str]]]:
-        """Share of the bytes of all constant matmul weights that are quantized, and what is left: name -> (bytes, why)."""
+        """Share of the bytes of all constant matmul weights that are quantized; what is left: name -> (bytes, why)."""
         assert self.graph is not None and self.context is not None, "call quantize first"
         left = dict(self.graph.leftovers)
         done, seen = 0, set()
