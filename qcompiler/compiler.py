@@ -186,13 +186,19 @@ def _prepare(
     example: Any, dynamic_shapes: dict[str, Any] | None,
 ) -> tuple[Loaded | None, Prepared, Quantizer]:  # fmt: skip
     from qcompiler.capture.checkpoint import load
+    from qcompiler.capture.finite import check_finite
     from qcompiler.capture.prepare import prepare
     from qcompiler.quantizer import Quantizer
 
     reporter.stage("load")
-    loaded = load(model) if isinstance(model, (str, Path)) else None
+    if isinstance(model, (str, Path)):
+        loaded = load(model)
+        module: torch.nn.Module = loaded.model
+    else:
+        loaded, module = None, model
+        check_finite(module, type(module).__name__)
     reporter.stage("capture")
-    prepared = prepare(loaded.model if loaded is not None else model, example, dynamic_shapes)
+    prepared = prepare(module, example, dynamic_shapes)
     for note in prepared.notes:
         reporter.note(note)
     feeds = _samples(loaded, prepared, text, samples, length)
@@ -248,7 +254,7 @@ def _write_records(writer: ArtifactWriter, quantizer: Quantizer, layers: dict[st
 
 
 def _special_tokens(loaded: Loaded | None) -> dict[str, Any] | None:
-    """Ids that begin, end and pad a text; every id that ends one, from the generation settings and the configuration."""
+    """Ids that begin, end and pad a text; every id that ends one. From generation settings and configuration."""
     if loaded is None:
         return None
     settings = [getattr(loaded.model, "generation_config", None), loaded.config.get_text_config()]

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from qcompiler.capture.checkpoint_files import read_json, weight_files
 from qcompiler.capture.export import last_message
+from qcompiler.capture.finite import check_finite
 from qcompiler.capture.quiet import Quiet
 from qcompiler.data import reference_model
 from qcompiler.errors import InputError, UnsupportedError
@@ -71,7 +72,7 @@ def load(source: str | Path) -> Loaded:
     weight_files(directory)
     config = _config(directory)
     model, notes = _model(directory, config, config_values)
-    _check_finite(model, directory)
+    check_finite(model, str(directory))
     return Loaded(
         model=model.eval().requires_grad_(False),
         config=config,
@@ -188,14 +189,3 @@ def _model(directory: Path, config: PreTrainedConfig, values: dict[str, Any]) ->
 
 def _few(names: list[str], limit: int = 4) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def _check_finite(model: PreTrainedModel, directory: Path) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.numel() == 0 or not parameter.is_floating_point():
-            continue
-        # NaN travels through minimum and maximum, so nothing of the weight's size is allocated.
-        low, high = torch.aminmax(parameter.detach())
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            kind = "NaN" if torch.isnan(low) or torch.isnan(high) else "infinity"
-            raise InputError(f"{directory}: weight {name} holds {kind}; quantizing it would spread it over the layer")
