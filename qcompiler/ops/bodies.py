@@ -1,88 +1,24 @@
 """ONNX function bodies: what a stock runtime executes in place of our kernels.
 
-A body decodes the packed weight with standard ops (opset 21) and multiplies in float32, with the activations quantized and
-dequantized as the kernel does. It is there so that a file runs anywhere and can be checked; it is slow, and a runtime may fold
-the decoding into a dense weight at load. One body a variant (an `overload` of the function); sizes come from attributes.
+A body decodes the packed weight with standard ops (opset 21) and multiplies. It is there so that a file runs anywhere
+and can be checked; it is slow, and a runtime may fold the decoding into a dense weight at load. One body a variant (an
+`overload` of the function); sizes come from attributes.
 
-ONNX Runtime before 1.27 ignores `overload` and would run one variant's body for every node, silently wrong. So node and body of a
-variant share an attribute of its name, without which the body does not resolve: such a runtime refuses the file instead.
+ONNX Runtime before 1.27 ignores `overload` and would run one variant's body for every node, silently wrong. So node
+and body of a variant share an attribute of its name, without which the body does not resolve: such a runtime refuses
+the file instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.ops.formats import ACTIVATION_BLOCK, TILE, Activation, AffineFormat
+from qcompiler.ops.body_arithmetic import float_product, integer_product
+from qcompiler.ops.body_builder import Body
+from qcompiler.ops.formats import TILE, Activation, AffineFormat
 from qcompiler.ops.layout import UNIT_K
-from qcompiler.ops.spec import DOMAIN, OpSpec
-
-STANDARD_OPSET = 21
-
-
-def marker(overload: str) -> str:
-    """Name of the attribute that ties a node to the body of its variant."""
-    return f"variant_{overload.replace('-', '_')}"
-
-
-class Body:
-    """Records the nodes of a function body; values are named so that a dump can be read."""
-
-    def __init__(self, attributes: Sequence[str], overload: str):
-        self.nodes: list[ir.Node] = []
-        self._constants: dict[tuple, ir.Value] = {}
-        self._attributes: dict[str, ir.Value] = {}
-        self._names = 0
-        self.attribute_names = [*attributes, marker(overload)]
-        self.attribute(marker(overload))
-
-    def op(self, op_type: str, *inputs: ir.Value, **attributes) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes=attributes)
-        self._names += 1
-        node.outputs[0].name = f"{op_type.lower()}_{self._names}"
-        node.name = f"body_{self._names}"
-        self.nodes.append(node)
-        return node.outputs[0]
-
-    def constant(self, value, dtype) -> ir.Value:
-        array = np.asarray(value, dtype)
-        key = (array.dtype.str, array.shape, array.tobytes())
-        if key not in self._constants:
-            self._constants[key] = self.op("Constant", value=ir.tensor(array))
-        return self._constants[key]
-
-    def ints(self, *values: int) -> ir.Value:
-        return self.constant(values, np.int64)
-
-    def attribute(self, name: str) -> ir.Value:
-        """The function's integer attribute as an int64 tensor of shape [1]."""
-        if name not in self._attributes:
-            node = ir.Node("", "Constant", [], attributes=[ir.RefAttr("value_int", name, ir.AttributeType.INT)])
-            self._names += 1
-            node.outputs[0].name, node.name = f"{name}_{self._names}", f"body_{self._names}"
-            self.nodes.append(node)
-            self._attributes[name] = self.op("Reshape", node.outputs[0], self.ints(1))
-        return self._attributes[name]
-
-    def tile_rows(self, columns: ir.Value) -> ir.Value:
-        """The shape `[tiles, 16, columns]`; the unknown is the first, so that no tiles at all is not ambiguous."""
-        return self.op("Concat", self.ints(-1, TILE), columns, axis=0)
-
-    def shift_right(self, value: ir.Value, bits: int, dtype=np.uint8) -> ir.Value:
-        return self.op("BitShift", value, self.constant(bits, dtype), direction="RIGHT") if bits else value
-
-    def field(self, value: ir.Value, shift: int, mask: int, dtype=np.uint8) -> ir.Value:
-        return self.op("BitwiseAnd", self.shift_right(value, shift, dtype), self.constant(mask, dtype))
-
-    def to_float(self, value: ir.Value) -> ir.Value:
-        return self.op("Cast", value, to=ir.DataType.FLOAT)
-
-    def function(self, spec: OpSpec, overload: str, inputs: Sequence[ir.Value], output: ir.Value) -> ir.Function:
-        graph = ir.Graph(inputs, [output], nodes=self.nodes, opset_imports={"": STANDARD_OPSET})
-        attributes = [ir.Attr(name, ir.AttributeType.INT, None) for name in self.attribute_names]
-        return ir.Function(DOMAIN, spec.onnx_name, overload, graph=graph, attributes=attributes)
+from qcompiler.ops.spec import OpSpec
 
 
 def _signed_byte(b: Body, value: ir.Value) -> ir.Value:
@@ -99,7 +35,7 @@ def decode_codes(b: Body, codes: ir.Value, bits: int) -> ir.Value:
     else:
         vector = [b.op("Slice", codes, b.ints(64 * i), b.ints(64 * i + 64), b.ints(2)) for i in range(3)]
         top = [b.shift_right(v, 6) for v in vector]
-        shifted = [b.op("Mul", top[0], b.constant(16, np.uint8)), b.op("Mul", top[1], b.constant(4, np.uint8)), top[2]]
+        shifted = [b.op("Mul", top[i], b.constant(by, np.uint8)) for i, by in ((0, 16), (1, 4))] + [top[2]]
         extra = b.op("Add", b.op("Add", shifted[0], shifted[1]), shifted[2])
         index = [b.op("BitwiseAnd", v, b.constant(63, np.uint8)) for v in vector] + [extra]
         fields = [b.field(i, shift, 7) for i in index for shift in (0, 3)]
@@ -120,7 +56,8 @@ def decode_zeros(b: Body, zeros: ir.Value, bits: int) -> ir.Value:
     else:  # three bytes hold eight values
         wide = b.op("Cast", b.op("Reshape", zeros, b.ints(0, 0, 2, 3)), to=ir.DataType.UINT32)
         byte = [b.op("Slice", wide, b.ints(i), b.ints(i + 1), b.ints(3)) for i in range(3)]
-        left = [b.op("BitShift", byte[i], b.constant(8 * i, np.uint32), direction="LEFT") if i else byte[0] for i in range(3)]
+        left = [byte[0]]
+        left += [b.op("BitShift", byte[i], b.constant(8 * i, np.uint32), direction="LEFT") for i in (1, 2)]
         word = b.op("BitwiseOr", b.op("BitwiseOr", left[0], left[1]), left[2])
         fields = [b.field(word, 3 * i, 7, np.uint32) for i in range(8)]
         values = b.to_float(b.op("Reshape", b.op("Concat", *fields, axis=3), b.ints(0, 0, TILE)))
@@ -128,7 +65,7 @@ def decode_zeros(b: Body, zeros: ir.Value, bits: int) -> ir.Value:
 
 
 def _spread(b: Body, per_group: ir.Value, group: int) -> ir.Value:
-    """`[tiles, 16, groups]` -> one value a column, `[tiles, 16, >= k]` (groups of the whole row broadcast as they are)."""
+    """`[tiles, 16, groups]` -> one value a column, `[tiles, 16, k]`; one for the whole row broadcasts as it is."""
     if not group:
         return per_group
     wide = b.op("Expand", b.op("Unsqueeze", per_group, b.ints(3)), b.ints(1, 1, 1, group))
@@ -136,50 +73,45 @@ def _spread(b: Body, per_group: ir.Value, group: int) -> ir.Value:
     return b.op("Slice", b.op("Reshape", wide, b.tile_rows(columns)), b.ints(0), b.attribute("k"), b.ints(2))
 
 
-def decode_weight(b: Body, codes: ir.Value, scales: ir.Value, zeros: ir.Value | None, format: AffineFormat) -> ir.Value:
-    """W = S · (q − Z) as float32 `[tiles, 16, k]`."""
+def decode_levels(b: Body, codes: ir.Value, zeros: ir.Value | None, format: AffineFormat) -> ir.Value:
+    """The integers q − Z as float `[tiles, 16, k]`."""
     q = b.op("Slice", decode_codes(b, codes, format.bits), b.ints(0), b.attribute("k"), b.ints(2))
     if zeros is not None:
-        q = b.op("Sub", q, _spread(b, decode_zeros(b, zeros, format.bits), format.group))
-    elif format.center:
-        q = b.op("Sub", q, b.constant(format.center, np.float32))
-    s = b.op("Transpose", b.to_float(scales), perm=[0, 2, 1])
-    return b.op("Mul", q, _spread(b, s, format.group))
+        return b.op("Sub", q, _spread(b, decode_zeros(b, zeros, format.bits), format.group))
+    return b.op("Sub", q, b.constant(format.center, np.float32)) if format.center else q
 
 
-def fake_quantize(b: Body, x: ir.Value, activation: Activation, k: ir.Value) -> ir.Value:
-    """Activations rounded to symmetric int8 and back: scale = absmax / 127, round half to even."""
-    if activation is Activation.FLOAT:
-        return x
-    blocks = x
-    if activation is Activation.INT8_BLOCK:
-        size = b.ints(ACTIVATION_BLOCK)
-        short = b.op("Mod", b.op("Sub", size, b.op("Mod", k, size)), size)
-        padded = b.op("Pad", x, b.op("Concat", b.ints(0), short, axis=0), b.constant(0, np.float32), b.ints(-1))
-        lead = b.op("Slice", b.op("Shape", x), b.ints(0), b.ints(-1))
-        # the number of blocks is written out: -1 beside a dimension of size 0 would be ambiguous
-        count = b.op("Div", b.op("Add", k, short), size)
-        blocks = b.op("Reshape", padded, b.op("Concat", lead, count, size, axis=0), allowzero=1)
-    scale = b.op("Div", b.op("ReduceMax", b.op("Abs", blocks), b.ints(-1), keepdims=1), b.constant(127, np.float32))
-    safe = b.op("Where", b.op("Equal", scale, b.constant(0, np.float32)), b.constant(1, np.float32), scale)
-    q = b.op("Clip", b.op("Round", b.op("Div", blocks, safe)), b.constant(-127, np.float32), b.constant(127, np.float32))
-    y = b.op("Mul", q, scale)
-    if activation is Activation.INT8_BLOCK:
-        flat = b.op("Reshape", y, b.op("Concat", lead, b.op("Mul", count, size), axis=0), allowzero=1)
-        y = b.op("Slice", flat, b.ints(0), k, b.ints(-1))
-    return y
+def decode_scales(b: Body, scales: ir.Value) -> ir.Value:
+    """float16 `[tiles, groups, 16]` -> float `[tiles, 16, groups]`."""
+    return b.op("Transpose", b.to_float(scales), perm=[0, 2, 1])
+
+
+def decode_weight(b: Body, codes: ir.Value, scales: ir.Value, zeros: ir.Value | None, format: AffineFormat) -> ir.Value:
+    """W = S · (q − Z) as float32 `[tiles, 16, k]`."""
+    levels = decode_levels(b, codes, zeros, format)
+    return b.op("Mul", levels, _spread(b, decode_scales(b, scales), format.group))
+
+
+def _rows(b: Body, tiles: ir.Value, columns: ir.Value) -> ir.Value:
+    """`[tiles, 16, columns]` -> `[n, columns]`."""
+    rows = b.op("Reshape", tiles, b.op("Concat", b.ints(-1), columns, axis=0))
+    return b.op("Slice", rows, b.ints(0), b.attribute("n"), b.ints(0))
 
 
 def linear_nbit(spec: OpSpec, overload: str, attributes: dict[str, int], present: frozenset[str]) -> ir.Function:
     """The body of `LinearNBit` for one variant."""
     b = Body(spec.attributes, overload)
     inputs = {i.name: ir.Value(name=i.name) for i in spec.inputs}
-    format = AffineFormat(attributes["bits"], attributes["group"], "zeros" not in present)
-    tiles = decode_weight(b, inputs["codes"], inputs["scales"], inputs["zeros"] if "zeros" in present else None, format)
-    rows = b.op("Reshape", tiles, b.op("Concat", b.ints(-1), b.attribute("k"), axis=0))
-    weight = b.op("Slice", rows, b.ints(0), b.attribute("n"), b.ints(0))
-    x = fake_quantize(b, inputs["x"], Activation(attributes["activation"]), b.attribute("k"))
-    y = b.op("MatMul", x, b.op("Transpose", weight, perm=[1, 0]))
+    x, codes, scales = inputs["x"], inputs["codes"], inputs["scales"]
+    zeros = inputs["zeros"] if "zeros" in present else None
+    format = AffineFormat(attributes["bits"], attributes["group"], zeros is None)
+    activation = Activation(attributes["activation"])
+    if activation is Activation.FLOAT:
+        y = float_product(b, x, _rows(b, decode_weight(b, codes, scales, zeros, format), b.attribute("k")))
+    else:
+        levels = _rows(b, decode_levels(b, codes, zeros, format), b.attribute("k"))
+        factors = decode_scales(b, scales)
+        y = integer_product(b, x, levels, _rows(b, factors, b.dimension(factors, 2)), format, activation)
     if "bias" in present:
         y = b.op("Add", y, inputs["bias"])
     return b.function(spec, overload, list(inputs.values()), y)

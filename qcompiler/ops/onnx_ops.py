@@ -17,7 +17,8 @@ from onnxscript.function_libs.torch_lib.registration import default_registry, to
 
 from qcompiler.errors import UnsupportedError
 from qcompiler.ops import SPECS
-from qcompiler.ops.bodies import BUILDERS, marker
+from qcompiler.ops.bodies import BUILDERS
+from qcompiler.ops.body_builder import marker
 from qcompiler.ops.spec import DOMAIN, OPSET, OpSpec
 
 _ONNX_TYPE = {"float32": "tensor(float)", "float16": "tensor(float16)", "uint8": "tensor(uint8)", "int64": "tensor(int64)"}

@@ -1,4 +1,7 @@
-"""Every declared op, every case: reference × each instruction set × ONNX Runtime with and without the library × torch."""
+"""Every declared op, every case: reference, each instruction set, ONNX Runtime with and without the library, torch.
+
+With int8 activations everything but the reference gives the same bits; so does the embedding.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 
 from qcompiler.ops import SPECS
+from qcompiler.ops.formats import Activation
 from qcompiler.ops.onnx_ops import register, single_node_model
 from qcompiler.ops.torch_ops import overload
 from qcompiler.runtime import library
@@ -30,8 +34,13 @@ def close(found: np.ndarray, expected: np.ndarray, label: str) -> None:
         np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * scale, err_msg=label)
 
 
+def torch_inputs(spec, case) -> list[torch.Tensor | None]:
+    arrays = [case.inputs.get(i.name) for i in spec.inputs]
+    return [None if array is None else torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+
+
 def run_torch(spec, case) -> np.ndarray:
-    tensors = [None if case.inputs.get(i.name) is None else torch.from_numpy(np.ascontiguousarray(case.inputs[i.name])) for i in spec.inputs]
+    tensors = torch_inputs(spec, case)
     return overload(spec.name)(*tensors, *(case.attributes[name] for name in spec.attributes)).numpy()
 
 
@@ -63,12 +72,16 @@ def test_parity(name, format):
             found = run_ctypes(spec, case, isa)
             assert np.array_equal(found, native), f"{isa} differs from {library.isa()}: {case.label}"
         assert np.array_equal(run_onnx(spec, case, with_library=True), native), f"ONNX Runtime: {case.label}"
-        close(run_onnx(spec, case, with_library=False), expected, f"function body: {case.label}")
+        body = run_onnx(spec, case, with_library=False)
+        # float activations (no case of an embedding has any) are summed in another order
+        if case.attributes.get("activation") != Activation.FLOAT:
+            assert np.array_equal(body, native), f"function body: {case.label}"
+        close(body, expected, f"function body: {case.label}")
 
 
 def test_fake_implementations_give_the_real_shapes():
     for spec, case in CASES[::17]:
-        tensors = [None if case.inputs.get(i.name) is None else torch.from_numpy(np.ascontiguousarray(case.inputs[i.name])) for i in spec.inputs]
+        tensors = torch_inputs(spec, case)
         attributes = [case.attributes[name] for name in spec.attributes]
         real = overload(spec.name)(*tensors, *attributes)
         fake = overload(spec.name)(*(None if t is None else t.to("meta") for t in tensors), *attributes)
@@ -87,7 +100,7 @@ def test_negative_indices_count_from_the_end():
 
 
 def test_a_runtime_that_mixes_up_variants_refuses_the_model():
-    """ONNX Runtime before 1.27 ignores `overload` and runs another variant's body; the marker makes that fail at load."""
+    """ONNX Runtime before 1.27 ignores `overload` and runs another variant's body; the marker makes it fail at load."""
     spec = SPECS["linear_nbit"]
     cases = [next(c for _, c in GROUPS[spec.name, label]) for label in ("int4-g32-sym", "int2-g32-sym")]
     model, other = (single_node_model(spec, case) for case in cases)
