@@ -11,6 +11,7 @@ from qcompiler.errors import UnsupportedError, UsageError
 from qcompiler.runtime import library
 
 MINIMUM = (1, 21)
+MINIMUM_PORTABLE = (1, 27)
 
 _warned_portable = False
 
@@ -21,12 +22,35 @@ def check_onnxruntime(version: str | None = None) -> None:
     The op library is built against the interface of 1.21, and attention with positions and a bias needs it too.
     """
     found = onnxruntime.__version__ if version is None else version
-    match = re.match(r"(\d+)\.(\d+)", found)
-    if match is None or (int(match[1]), int(match[2])) < MINIMUM:
-        wanted = ".".join(map(str, MINIMUM))
+    if not _at_least(found, MINIMUM):
+        wanted = _text(MINIMUM)
         raise UnsupportedError(
             f"onnxruntime is {found}, expected {wanted} or newer: pip install 'onnxruntime>={wanted}'"
         )
+
+
+def check_portable(version: str | None = None) -> None:
+    """Raise `UnsupportedError` when ONNX Runtime (`version`, default the installed one) cannot do without the library.
+
+    Before 1.27 it ignores the `overload` of a node, so of several function bodies of one op it knows only one. It would
+    refuse a model with several at load, in words that lead nowhere.
+    """
+    found = onnxruntime.__version__ if version is None else version
+    if not _at_least(found, MINIMUM_PORTABLE):
+        wanted = _text(MINIMUM_PORTABLE)
+        raise UnsupportedError(
+            f"onnxruntime is {found}, running without the op library (portable) needs {wanted} or newer: "
+            f"pip install 'onnxruntime>={wanted}', or run with the op library"
+        )
+
+
+def _at_least(version: str, minimum: tuple[int, int]) -> bool:
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return match is not None and (int(match[1]), int(match[2])) >= minimum
+
+
+def _text(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def session_options(threads: int | None = None, *, portable: bool = False) -> onnxruntime.SessionOptions:
@@ -35,13 +59,16 @@ def session_options(threads: int | None = None, *, portable: bool = False) -> on
     Args:
         threads: threads inside an operator; None leaves it to ONNX Runtime (one for each core).
         portable: do not register the op library. The graph then runs through the function bodies that it carries:
-            the same to rounding, and slow; said once in a warning.
+            the same results (bit for bit with int8 activations, to rounding with float ones), and slow; said once in
+            a warning.
 
     Raises:
         LibraryError: the op library is missing or does not fit this version.
         UnsupportedError: ONNX Runtime is too old.
     """
     check_onnxruntime()
+    if portable:
+        check_portable()
     options = plain_options(threads)
     if portable:
         _warn_portable()
@@ -66,5 +93,5 @@ def _warn_portable() -> None:
     global _warned_portable
     if not _warned_portable:
         _warned_portable = True
-        text = "running without the op library: slow, since every quantized layer is decoded; the same up to rounding"
+        text = "running without the op library: the same results, but slow, since every quantized layer is decoded"
         warnings.warn(text, RuntimeWarning, stacklevel=4)

@@ -158,6 +158,18 @@ def test_an_old_onnxruntime_is_refused() -> None:
             check_onnxruntime(version)
 
 
+def test_running_without_the_library_needs_a_newer_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    options.check_portable()
+    options.check_portable("1.27.0")
+    for version in ("1.26.9", "1.21.0"):
+        with pytest.raises(UnsupportedError, match=f"onnxruntime is {version}.* needs 1.27 or newer: pip install"):
+            options.check_portable(version)
+    monkeypatch.setattr(onnxruntime, "__version__", "1.26.0")
+    session_options()
+    with pytest.raises(UnsupportedError, match="onnxruntime is 1.26.0.* or run with the op library"):
+        session_options(portable=True)
+
+
 # ---- modules and encoders
 
 
