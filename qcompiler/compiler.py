@@ -88,12 +88,7 @@ def compile(
     start = time.perf_counter()
     reporter = reporter or Silent()
     chosen = _recipe(recipe, strict_groups)
-    if target not in TARGETS:
-        raise UsageError(f"unknown target {target!r}; known: {', '.join(TARGETS)}")
-    if target == "onnx-stock":
-        from qcompiler.lower.stock import check_recipe
-
-        check_recipe(chosen)
+    _check_target(target, chosen)
     source_dir = Path(model) if isinstance(model, (str, Path)) and Path(model).is_dir() else None
     writer = ArtifactWriter(output, overwrite=overwrite, source_dir=source_dir)
     writer.check()
@@ -122,6 +117,7 @@ def plan(
     model: str | Path | torch.nn.Module,
     *,
     recipe: str | Path | dict | Recipe = "int4",
+    target: Target = "onnx",
     strict_groups: bool = False,
     reporter: Reporter | None = None,
     example: Any = None,
@@ -130,43 +126,60 @@ def plan(
     """What `compile` would do, layer by layer, with sizes and the memory it would need; writes nothing.
 
     Returns:
-        `layers`, `left_in_float` and `totals` as in layers.json (with `peak_bytes`, an estimate), without measured errors.
+        `target`; `layers`, `left_in_float` and `totals` as in layers.json, without measured errors. In `totals` also
+        `float_bytes`, `peak_bytes` and `memory` (what the peak consists of). All but the layers' sizes are estimates.
     """
+    from qcompiler import estimate
     from qcompiler.capture.capture import captured
     from qcompiler.graph.graph import Graph
+    from qcompiler.ops import layout
     from qcompiler.passes import pipeline
     from qcompiler.pipeline.accounting import layers_file, planned_totals
     from qcompiler.pipeline.context import Context
     from qcompiler.pipeline.manager import PassManager
 
     chosen = _recipe(recipe, strict_groups)
+    _check_target(target, chosen)
     _, prepared, quantizer = _prepare(model, chosen, None, 0, None, reporter or Silent(), example, dynamic_shapes)
     graph: Graph = captured(prepared)
     quantizer.graph, quantizer.context = graph, Context(chosen, quantizer.reporter)
     before, _ = pipeline(chosen)
     decisions = [step for step in before if step.stage in ("normalise", "analyse")]
     PassManager(quantizer.trace).run(graph, quantizer.context, decisions)
-    _describe_plan(quantizer)
-    packed = planned_totals(quantizer)
-    result = layers_file(quantizer, None, packed)
-    float_bytes = sum(p.numel() * 4 for p in prepared.module.parameters())
-    # the float weights, the packed ones, and what the exporter holds of the largest float tensor while it works
-    largest = max((p.numel() * 4 for p in prepared.module.parameters()), default=0)
-    result["totals"]["peak_bytes"] = float_bytes + sum(packed.values()) + 3 * largest
-    result["totals"]["float_bytes"] = float_bytes
+    bytes_of: Callable[..., dict[str, int]] = layout.packed_bytes
+    if target == "onnx-stock":
+        from qcompiler.lower.stock import planned_bytes as bytes_of
+    _describe_plan(quantizer, bytes_of)
+    packed = planned_totals(quantizer, bytes_of)
+    result = {"target": target, **layers_file(quantizer, None, packed)}
+    memory = estimate.peak_memory(quantizer, prepared.module, sum(packed.values()))
+    result["totals"] |= {
+        "bytes": estimate.file_sizes(quantizer, prepared.module, packed, target),
+        "float_bytes": memory["float_weights"],
+        "peak_bytes": sum(memory.values()),
+        "memory": memory,
+    }
     return result
 
 
-def _describe_plan(quantizer: Quantizer) -> None:
-    """Fill in what a solve would add to the records: format and bytes."""
-    from qcompiler.ops import layout
+def _check_target(target: str, recipe: Recipe) -> None:
+    """Refuse what the target cannot run before the model is read."""
+    if target not in TARGETS:
+        raise UsageError(f"unknown target {target!r}; known: {', '.join(TARGETS)}")
+    if target == "onnx-stock":
+        from qcompiler.lower.stock import check_recipe
 
+        check_recipe(recipe)
+
+
+def _describe_plan(quantizer: Quantizer, bytes_of: Callable[..., dict[str, int]]) -> None:
+    """Fill in what a solve would add to the records: format and bytes."""
     assert quantizer.graph is not None and quantizer.context is not None
     layers = quantizer.trace.entries[-1].record["layers"]
     for site in quantizer.graph.sites:
         scheme = quantizer.context.schemes.get(site.name)
         if scheme is not None:
-            size = sum(layout.packed_bytes(*site.shape, scheme.weight_format).values())
+            size = sum(bytes_of(*site.shape, scheme.weight_format).values())
             layers[site.name] = {
                 "format": scheme.weight_format.label,
                 "bytes": size,

@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--samples", type=positive, metavar="N", help="calibration samples")
     parser.add_argument("--length", type=positive, metavar="L", help="tokens in a calibration sample")
+    parser.add_argument(
+        "--strict-groups", action="store_true", help="refuse layers whose rows do not divide into groups"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, layer by layer; do nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace an artifact that is already at DIR")
     add_json(parser)
@@ -44,14 +47,16 @@ def execute(options: argparse.Namespace) -> int:
     from qcompiler.report.compiled import compiled_document, plan_document
     from qcompiler.report.tables import show
 
+    # Only what was asked for: the defaults are the compiler's own.
+    given: dict[str, Any] = {"strict_groups": True} if options.strict_groups else {}
     with reporter(options) as progress:
         if options.dry_run:
-            document = plan_document(compiler.plan(options.model, recipe=recipe, reporter=progress))
+            plan = compiler.plan(options.model, recipe=recipe, target=options.target, reporter=progress, **given)
+            document = plan_document(plan)
         else:
-            # Only what was asked for: the defaults are the compiler's own.
-            given = {
-                key: value for key in ("text", "samples", "length") if (value := getattr(options, key)) is not None
-            }
+            for key in ("text", "samples", "length"):
+                if (value := getattr(options, key)) is not None:
+                    given[key] = value
             result = compiler.compile(
                 options.model,
                 output=options.output,

@@ -36,7 +36,9 @@ def check_recipe(recipe: Recipe) -> None:
     parts |= {f"overrides.{i}": o.scheme for i, o in enumerate(recipe.overrides)}
     for name, scheme in parts.items():
         if isinstance(scheme, Scheme) and scheme.bits not in BITS:
-            near = [AffineFormat(bits, scheme.group, scheme.symmetric).label for bits in (scheme.bits + 1, scheme.bits - 1)]
+            near = [
+                AffineFormat(bits, scheme.group, scheme.symmetric).label for bits in (scheme.bits + 1, scheme.bits - 1)
+            ]
             raise UnsupportedError(
                 f"recipe {recipe.name}: {name}: stock ONNX Runtime has no kernel for {scheme.weight_format.label}; nearest: {' or '.join(near)}. "
                 "The target `onnx` runs it with our op library"
@@ -70,6 +72,19 @@ class StockWeight:
             "zeros": _read_bytes(self.zeros) + _read_bytes(self.points),
             "padding": stored - codes,
         }
+
+
+def planned_bytes(n: int, k: int, format: AffineFormat) -> dict[str, int]:
+    """Bytes of a weight `[n, k]` in stock layout, by what they are; as `StockWeight.bytes` of a linear layer."""
+    block = format.group or ROW_BLOCK
+    blocks = -(-k // block)
+    codes = -(-n * k * format.bits // 8)
+    return {
+        "codes": codes,
+        "scales": 4 * n * blocks,
+        "zeros": 0 if format.symmetric else n * -(-blocks * format.bits // 8),
+        "padding": n * blocks * block * format.bits // 8 - codes,
+    }
 
 
 def _read_bytes(value: ir.Value | None) -> int:
@@ -190,8 +205,12 @@ def _embedding(graph: ir.Graph, node: ir.Node, weight: StockWeight) -> ir.Value:
         if weight.points is None:
             points = layout.unpack_zeros(node.inputs[3].const_value.numpy(), n, weight.bits).astype(np.int16)
             wide = np.broadcast_to(points + (128 if weight.bits == 8 else 0), (n, weight.scales.shape[1]))
-            weight.points = _initializer(graph, f"{weight.codes.name}_points", np.ascontiguousarray(wide.astype(np.uint8)))
-        z = tape.op("Cast", [tape.op("Gather", [weight.points, node.inputs[0]], {"axis": 0})], {"to": ir.DataType.FLOAT})
+            weight.points = _initializer(
+                graph, f"{weight.codes.name}_points", np.ascontiguousarray(wide.astype(np.uint8))
+            )
+        z = tape.op(
+            "Cast", [tape.op("Gather", [weight.points, node.inputs[0]], {"axis": 0})], {"to": ir.DataType.FLOAT}
+        )
         q = tape.op("Sub", [q, tape.op("Unsqueeze", [z, constant([rank + 1], np.int64)])])
     s = tape.op("Gather", [weight.scales, node.inputs[0]], {"axis": 0})
     w = tape.op("Mul", [q, tape.op("Unsqueeze", [s, constant([rank + 1], np.int64)])])

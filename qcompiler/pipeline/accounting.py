@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from qcompiler.ops import SPECS, layout
@@ -100,13 +101,15 @@ def _once(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
-def planned_totals(quantizer: Quantizer) -> dict[str, int]:
-    """Bytes that the packed weights take, from their shapes and formats alone."""
+def planned_totals(
+    quantizer: Quantizer, bytes_of: Callable[..., dict[str, int]] = layout.packed_bytes
+) -> dict[str, int]:
+    """Bytes that the packed weights take, from their shapes and formats alone; `bytes_of` knows the layout."""
     totals = dict.fromkeys(KINDS, 0)
     for record in _once(layer_records(quantizer)):
         if record["format"] != "float32":
             format = AffineFormat(record["bits"], record["group"], record["symmetric"])
-            for key, value in layout.packed_bytes(*record["shape"], format).items():
+            for key, value in bytes_of(*record["shape"], format).items():
                 totals[key] += value
     return totals
 

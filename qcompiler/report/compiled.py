@@ -75,19 +75,28 @@ def plan_document(plan: Mapping[str, Any]) -> Document:
         )
         for row in data.get("layers", [])
     ]
-    lines = []
     totals = data.get("totals") or {}
-    packed = sum((totals.get("bytes") or {}).values())
+    sizes = dict(totals.get("bytes") or {})
+    whole = sizes.pop("total", None)
+    # Weights alone: float tensors, alignment and the graph are no part of a quantized layer.
+    packed = sum(sizes.get(key, 0) for key in ("codes", "scales", "zeros", "padding"))
     was = totals.get("float_bytes")
-    lines.append(f"weights      {packed:,} bytes{f' (float: {was:,})' if was is not None else ''}")
+    lines = [f"weights      {packed:,} bytes{f' (float: {was:,})' if was is not None else ''}"]
     for key, label, write in (
         ("bits_per_weight", "bits/weight", "{:.2f}".format),
         ("coverage", "coverage", "{:.1%}".format),
     ):
         if totals.get(key) is not None:
             lines.append(f"{label:<12} {write(totals[key])}")
+    if whole is not None:
+        lines.append(f"model files  {tables.size(whole)} (estimate: {_parts(sizes)})")
     peak = totals.get("peak_bytes")
     if peak is not None:
-        lines.append(f"peak memory  {tables.size(peak)} (estimate)")
+        memory = totals.get("memory")
+        lines.append(f"peak memory  {tables.size(peak)} (estimate{': ' + _parts(memory) if memory else ''})")
     lines.append("nothing was done (--dry-run)")
     return Document("plan", data, [Table("would be made", PLAN_COLUMNS, rows), Text("", lines)])
+
+
+def _parts(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {tables.size(value)}" for name, value in sizes.items() if value)

@@ -228,7 +228,9 @@ def test_compile_passes_the_options_on(tmp_path: Path, monkeypatch: pytest.Monke
     assert out.splitlines()[0].startswith(f"{tmp_path / 'a'}: ") and "1× int4-g32-sym" in out
     assert seen["model"] == "model" and seen["text"] == [text, text] and seen["samples"] == 3
     assert seen["target"] == "torch" and "length" not in seen and seen["recipe"].name == "int4"
-    code, out, err = call(capsys, "compile", "model", "-o", tmp_path / "b", "--json", "--quiet")
+    assert "strict_groups" not in seen
+    code, out, err = call(capsys, "compile", "model", "-o", tmp_path / "b", "--json", "--quiet", "--strict-groups")
+    assert seen["strict_groups"] is True
     data = json.loads(out)
     assert (code, err) == (0, "") and list(data) == [
         "schema", "report", "output", "target", "kind", "recipe", "bytes", "formats", "totals", "left_in_float",
@@ -246,21 +248,33 @@ def test_dry_run_prints_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "layers": [fake.layer(fake.Q, weight_sqnr_db=None, output_sqnr_db=None)],
         "left_in_float": [],
         "totals": {
-            "bytes": {"codes": 32768, "scales": 4096},
+            "bytes": {"codes": 32768, "scales": 4096, "float": 0, "graph": 2048, "total": 38912},
             "bits_per_weight": 4.5,
             "coverage": 1.0,
             "peak_bytes": 2**20,
             "float_bytes": 262144,
+            "memory": {"process": 2**19, "float_weights": 2**19},
         },
     }
+    seen: dict[str, Any] = {}
     compiler = ModuleType("qcompiler.compiler")
-    compiler.plan = lambda model, **options: plan  # type: ignore[attr-defined]
+    compiler.plan = lambda model, **options: seen.update(options) or plan  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "qcompiler.compiler", compiler)
     code, out, _ = call(capsys, "compile", "model", "--dry-run", "-o", tmp_path / "x")
-    assert code == 0 and "peak memory  1.0 MiB" in out and "36,864 bytes (float: 262,144)" in out and fake.Q in out
+    assert (
+        code == 0
+        and "peak memory  1.0 MiB (estimate: process" in out
+        and "36,864 bytes (float: 262,144)" in out
+        and fake.Q in out
+    )
     assert "nothing was done" in out and os.listdir(tmp_path) == []
-    data = json.loads(call(capsys, "compile", "model", "--dry-run", "--json")[1])
+    assert "model files  38.0 KiB (estimate: codes 32.0 KiB" in out
+    assert (seen["target"], "strict_groups" in seen) == ("onnx", False)
+    data = json.loads(
+        call(capsys, "compile", "model", "--dry-run", "--json", "--target", "torch", "--strict-groups")[1]
+    )
     assert (data["schema"], data["report"]) == (1, "plan") and data["totals"] == plan["totals"]
+    assert (seen["target"], seen["strict_groups"]) == ("torch", True)
 
 
 def test_eval_of_outputs(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
