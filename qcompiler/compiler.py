@@ -255,7 +255,7 @@ def _context(loaded: Loaded | None) -> Context:
 
 
 def _write_records(writer: ArtifactWriter, quantizer: Quantizer, layers: dict[str, Any], loaded: Loaded | None) -> None:
-    from qcompiler.pipeline.environment import environment
+    from qcompiler.report.environment import environment
 
     writer.write_text("recipe.yaml", recipes.to_yaml(quantizer.recipe))
     writer.write_json("layers.json", layers)

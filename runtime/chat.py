@@ -80,10 +80,10 @@ def compile_template(source: str, where: str = "the chat template") -> Any:
         import jinja2.ext
         import jinja2.sandbox
     except ImportError as error:
-        raise UnsupportedError("chat templates need the package jinja2: pip install 'jinja2>=3.1.6'") from error
+        raise UnsupportedError("chat templates need the package jinja2: pip install 'qcompiler[chat]'") from error
     if tuple(int(part) for part in jinja2.__version__.split(".")[:3] if part.isdigit()) < JINJA:
         raise UnsupportedError(
-            f"jinja2 is {jinja2.__version__}, whose sandbox can be left by a template: pip install 'jinja2>=3.1.6'"
+            f"jinja2 is {jinja2.__version__}, whose sandbox can be left by a template: pip install 'qcompiler[chat]'"
         )
 
     class Generation(jinja2.ext.Extension):

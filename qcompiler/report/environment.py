@@ -1,11 +1,15 @@
-"""Versions of what is installed, found without importing it."""
+"""The machine and the versions that are installed, found without importing them; and the versions that are tested."""
 
 from __future__ import annotations
 
+import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
-# Package -> (oldest, first untested) versions; as in pyproject.toml.
+from qcompiler.artifact.manifest import version as own_version
+
+# Package -> (oldest, first untested) versions; as in pyproject.toml, which a test compares.
 RUN = {"numpy": ("1.26", "3"), "onnxruntime": ("1.21", "2"), "tokenizers": ("0.21", "1")}
 COMPILE = {
     "torch": ("2.9", "3"),
@@ -17,7 +21,20 @@ COMPILE = {
     "pydantic": ("2.10", "3"),
     "pyyaml": ("6", "7"),
 }
-OPTIONAL = {"rich": ("13", "16")}
+OPTIONAL = {"rich": ("13", "16"), "jinja2": ("3.1.6", "4")}
+
+
+def environment() -> dict[str, Any]:
+    """What a compile ran on: versions, the Python, the system, the instruction set in use. Recorded, never compared."""
+    from qcompiler.runtime import library
+
+    return {
+        "schema": 1,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "isa": library.isa(),
+        "versions": {"qcompiler": own_version(), **package_versions()},
+    }
 
 
 def package_versions() -> dict[str, str | None]:

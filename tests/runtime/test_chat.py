@@ -120,7 +120,7 @@ def test_templates_see_plain_data_only() -> None:
 
 def test_without_jinja2_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(UnsupportedError, match="pip install 'jinja2>=3.1.6'"):
+    with pytest.raises(UnsupportedError, match=r"pip install 'qcompiler\[chat\]'"):
         ChatTemplate(artifact_with("x"))
 
 

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
+import qcompiler
+from qcompiler.report import environment as versions
+
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 COMPILE_ONLY = [
-    "click",
+    "jinja2",
     "onnx",
     "onnx_ir",
     "onnxscript",
@@ -48,6 +51,22 @@ def test_every_dependency_is_pinned_in_the_constraints() -> None:
     pinned = names([line for line in lines if line and not line.startswith("#")])
     wanted = PROJECT["dependencies"] + sum(PROJECT["optional-dependencies"].values(), [])
     assert names(wanted) <= pinned
+
+
+def test_the_tested_ranges_are_those_of_the_project() -> None:
+    """`qcompiler doctor` reports against the same ranges that pip installs."""
+
+    def written(ranges: dict[str, tuple[str, str]]) -> set[str]:
+        return {f"{name}>={oldest},<{untested}" for name, (oldest, untested) in ranges.items()}
+
+    extras = PROJECT["optional-dependencies"]
+    assert written(versions.RUN) == set(PROJECT["dependencies"])
+    assert written(versions.COMPILE | versions.OPTIONAL) == set(extras["compile"])
+    assert set(extras["chat"]) <= set(extras["compile"])
+
+
+def test_one_version() -> None:
+    assert PROJECT["version"] == qcompiler.__version__
 
 
 def test_plain_passes_and_runtime_are_never_imported(tmp_path: Path) -> None:

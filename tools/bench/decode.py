@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.pipeline.environment import environment
 from qcompiler.report import tables
 from qcompiler.report.doctor import cpu_model
+from qcompiler.report.environment import environment
 from qcompiler.report.tables import Column, Document, Table, Text
 from qcompiler.runtime.session import Session
 from tools.bench import limit, models
