@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from qcompiler.artifact.manifest import seal_holds
 from qcompiler.errors import GateError, InputError, UnsupportedError
 
 FORMAT = "qcompiler-artifact"
@@ -166,7 +167,7 @@ def verify_files(artifact: Artifact) -> int:
     is there without being listed.
     """
     wrong = []
-    if not _seal_holds(artifact.path / MANIFEST):
+    if not seal_holds(artifact.path / MANIFEST):
         wrong.append(f"{MANIFEST} was changed: its own SHA-256 does not fit it")
     for name, info in sorted(artifact.files.items()):
         problem = _file_problem(artifact.path, name, info)
@@ -179,20 +180,6 @@ def verify_files(artifact: Artifact) -> int:
     if wrong:
         raise GateError(f"{artifact.path}: {len(wrong)} of its files are not as they were written: " + "; ".join(wrong))
     return len(artifact.files)
-
-
-def _seal_holds(path: Path) -> bool:
-    """Whether the manifest is the canonical text whose hash it carries."""
-    data = path.read_bytes()
-    body = json.loads(data)
-    seal = body.pop("manifest_sha256", None)
-    if hashlib.sha256(_canonical(body)).hexdigest() != seal:
-        return False
-    return data == _canonical({**body, "manifest_sha256": seal})
-
-
-def _canonical(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _names_below(root: Path) -> list[str]:

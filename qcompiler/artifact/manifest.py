@@ -103,15 +103,19 @@ def seal(manifest: Mapping[str, Any]) -> bytes:
     return dump_json({**body, SEAL: hashlib.sha256(dump_json(body).encode()).hexdigest()}).encode()
 
 
-def check_seal(path: Path) -> None:
-    """Raise GateError unless manifest.json is byte for byte what `seal` wrote."""
+def seal_holds(path: Path) -> bool:
+    """Whether manifest.json is byte for byte what `seal` wrote."""
     data = path.read_bytes()
     try:
         manifest = json.loads(data)
-        intact = isinstance(manifest, dict) and data == seal(manifest)
+        return isinstance(manifest, dict) and data == seal(manifest)
     except (ValueError, RecursionError):
-        intact = False
-    if not intact:
+        return False
+
+
+def check_seal(path: Path) -> None:
+    """Raise GateError unless `seal_holds`."""
+    if not seal_holds(path):
         raise GateError(f"{path} is not as it was written: its own SHA-256 ({SEAL}) does not fit its content")
 
 

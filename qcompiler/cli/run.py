@@ -68,11 +68,13 @@ def execute(options: argparse.Namespace) -> int:
 def _check(artifact: Artifact, everything: bool) -> None:
     """Compare files with their hashes, so that a damaged artifact says so instead of saying nonsense."""
     from qcompiler.artifact.files import digest
+    from qcompiler.artifact.manifest import NAME, check_seal
     from qcompiler.cli.verify import verify
 
     if everything:
         verify(artifact.path)
         return
+    check_seal(artifact.path / NAME)
     for name, info in artifact.files.items():
         if info.bytes <= CHECKED_BYTES and digest(artifact.path / name)["sha256"] != info.sha256.lower():
             raise GateError(f"{artifact.path / name} is damaged: its SHA-256 differs from the manifest's")
