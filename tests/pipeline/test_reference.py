@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from qcompiler.capture.checkpoint import load
 from qcompiler.capture.feeds import feed
 from qcompiler.capture.prepare import prepare
 from qcompiler.evaluate.evaluation import evaluate
+from qcompiler.evaluate.metrics import token_divergence
 from qcompiler.evaluate.text import evaluation_text
 from qcompiler.evaluate.tokens import load_tokens
+from qcompiler.ops.torch_ops import overload
 from qcompiler.runtime.artifact import open_artifact, verify_files
 from qcompiler.runtime.session import Session
 from tests.pipeline.compiled import reference
@@ -47,45 +50,71 @@ def by_session(path, tokens: np.ndarray, **options) -> np.ndarray:
     return np.concatenate(logits)
 
 
-def by_torch(module: torch.fx.GraphModule, tokens: np.ndarray) -> np.ndarray:
+class Perturbed(torch.fx.Interpreter):
+    """Runs a graph with the output of its embedding multiplied by 1 + 1e-7 · noise, about its last bit."""
+
+    def __init__(self, module: torch.fx.GraphModule, noise: torch.Generator) -> None:
+        super().__init__(module)
+        self.noise = noise
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.target is overload("embedding_nbit"):
+            result = result * (1 + 1e-7 * torch.randn(result.shape, generator=self.noise))
+        return result
+
+
+def by_torch(module: torch.fx.GraphModule, tokens: np.ndarray, noise: torch.Generator | None = None) -> np.ndarray:
     prepared = prepare(load("reference").model)
+    interpreter = torch.fx.Interpreter(module) if noise is None else Perturbed(module, noise)
     logits = []
     with torch.no_grad():
         for window in tokens:
             leaves = _pytree.tree_leaves(feed(prepared, torch.from_numpy(window)[None]))
-            logits.append(_pytree.tree_leaves(torch.fx.Interpreter(module).run(*leaves))[0][0].numpy())
+            logits.append(_pytree.tree_leaves(interpreter.run(*leaves))[0][0].numpy())
     return np.concatenate(logits)
 
 
-def assert_agree(one: np.ndarray, other: np.ndarray) -> None:
-    """Argmax equal on 99.5 % of the tokens, and every difference where the two best are within 0.05."""
-    first, second = one.argmax(-1), other.argmax(-1)
-    best = np.sort(one, axis=-1)[:, -2:]
-    margin = best[:, 1] - best[:, 0]
-    different = first != second
-    assert different.mean() <= 0.005
-    assert (margin[different] <= 0.05).all()
-
-
+@pytest.mark.filterwarnings("ignore:running without the op library")  # said once a process
 def test_runtimes_agree(tokens):
-    """2,000 tokens, teacher-forced: ONNX Runtime with the library, without it, and torch."""
+    """2,000 tokens, teacher-forced: ONNX Runtime with the library and without it, bit for bit."""
     assert tokens.size == 2000
+    path = reference("int4").path
+    library = by_session(path, tokens)
+    portable = by_session(path, tokens, portable=True)
+    np.testing.assert_array_equal(portable, library)
+
+
+def test_torch_agrees_within_the_model_s_own_sensitivity(tokens):
+    """Torch is no further from ONNX Runtime than from itself with the last bits of the embedding changed.
+
+    The products are the same bits in both, but attention, norms and activation functions differ in the last bit. With
+    int8 activations that is enough: a value at the edge between two integers falls on the other side, a step of 1/127
+    of the largest value in its block instead of 1e-7, and that moves more values in the next layer. After six layers
+    the logits differ by an rms of 0.05 (0.06 for the perturbation), and where the two best tokens are closer than that
+    the argmax is a coin toss. It differs on 1.4 % of these tokens between the runtimes, and on 2.4 to 2.7 % between
+    torch and itself perturbed: 99.5 % of equal argmaxes is out of reach here for runtimes that are not bit-equal.
+
+    The mean divergence over the tokens is stable: 5.5e-4 between the runtimes, 9.0e-4 to 9.5e-4 for six seeds of the
+    perturbation. Float activations in place of int8 in torch give 1.26e-3, beyond the bound. With float activations
+    there are no edges, and the next test holds both runtimes to 1e-4.
+    """
     result = reference("int4")
-    library = by_session(result.path, tokens)
-    assert_agree(library, by_torch(result.quantizer.graph.module, tokens))
-    with pytest.warns(UserWarning, match="without the op library"):
-        portable = by_session(result.path, tokens, portable=True)
-    assert_agree(library, portable)
+    module = result.quantizer.graph.module
+    library, torch_ = by_session(result.path, tokens), by_torch(module, tokens)
+    perturbed = by_torch(module, tokens, torch.Generator().manual_seed(0))
+    sensitivity = token_divergence(torch_, perturbed)[0].mean()
+    assert token_divergence(library, torch_)[0].mean() <= sensitivity
 
 
+@pytest.mark.filterwarnings("ignore:running without the op library")  # said once a process
 def test_runtimes_agree_with_float_activations(tokens, tmp_path):
     result = reference("int4")
     path = float_artifact(result.path, tmp_path / "float")
     library = by_session(path, tokens)
     scale = np.abs(library).max()
     others = [by_torch(float_module(result.quantizer.graph.module), tokens)]
-    with pytest.warns(UserWarning, match="without the op library"):
-        others.append(by_session(path, tokens, portable=True))
+    others.append(by_session(path, tokens, portable=True))
     for other in others:
         assert np.abs(library - other).max() <= 1e-4 * scale
 
@@ -98,8 +127,9 @@ def test_stock_runs_the_same_model_without_our_ops(tokens):
 
 
 def test_torch_target_computes_the_same(tokens):
+    """As the graph that was compiled, bit for bit; for how that compares with ONNX Runtime see above."""
     found = by_session(reference("int4", "torch").path, tokens[:1])
-    assert_agree(found, by_session(reference("int4").path, tokens[:1]))
+    np.testing.assert_array_equal(found, by_torch(reference("int4").quantizer.graph.module, tokens[:1]))
 
 
 def test_the_cache_is_one_shared_buffer():
@@ -130,7 +160,8 @@ def test_records(tmp_path):
     assert sizes["total"] == files == sum(v for k, v in sizes.items() if k != "total")
     passes = [json.loads(line) for line in (result.path / "trace/passes.jsonl").read_text().splitlines()]
     assert [p["index"] for p in passes] == list(range(len(passes)))
-    assert {"capture", "find_sites", "round_to_nearest", "measure_outputs", "quantize_sites"} <= {p["name"] for p in passes}
+    expected = {"capture", "find_sites", "round_to_nearest", "measure_outputs", "quantize_sites"}
+    assert expected <= {p["name"] for p in passes}
     for record in passes:
         assert (result.path / record["graph"]).is_file()
 
