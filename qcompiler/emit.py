@@ -59,7 +59,7 @@ def _onnx(
         "manifest": {
             "entry": MODEL_FILE,
             "inputs": [_port(p) for p in inputs],
-            "outputs": [{"name": p.name, "dtype": p.dtype, "shape": list(p.shape)} for p in outputs],
+            "outputs": [_port(p) for p in outputs],
             "cache": _cache(lowered, inputs, outputs),
             "unfused": lowered.unfused,
         },
@@ -130,7 +130,7 @@ def _torch(
         "manifest": {
             "entry": TORCH_FILE,
             "inputs": [_port(p) for p in inputs],
-            "outputs": [{"name": _output_name(p), "dtype": p.dtype, "shape": list(p.shape)} for p in outputs],
+            "outputs": [_port(p) | {"name": _output_name(p)} for p in outputs],
             "cache": _torch_cache(inputs),
             "unfused": [],
         },
@@ -148,7 +148,7 @@ def _torch_cache(inputs: list[Any]) -> dict[str, Any] | None:
     layers = [
         {"past_key": k.name, "past_value": v.name, "present_key": f"output.{k.name}", "present_value": f"output.{v.name}",
          "heads": k.shape[1], "head_dim": k.shape[-1], "dtype": k.dtype}
-        for k, v in zip(keys, values)
+        for k, v in zip(keys, values, strict=True)
     ]  # fmt: skip
     return (
         {"kind": "growing", "past_length": None, "reason": "torch concatenates", "layers": layers} if layers else None

@@ -33,9 +33,11 @@ class AssignFormats(Pass):
             elif k > LARGEST_K:
                 context.left_in_float[site.name] = f"rows of {k} weights; the kernels sum at most {LARGEST_K}"
             else:
-                if context.recipe.strict_groups and scheme.weight_format.group and k % scheme.weight_format.group:
+                group = scheme.weight_format.group
+                if context.recipe.strict_groups and group and k % group:
                     raise UsageError(
-                        f"layer {site.name}: rows of {k} do not divide into groups of {scheme.group}, and the recipe says strict_groups"
+                        f"layer {site.name}: rows of {k} do not divide into groups of {group}, "
+                        "and the recipe says strict_groups"
                     )
                 context.schemes[site.name] = scheme
                 report.layers[site.name] = {"format": scheme.weight_format.label, "activation": scheme.activations}
@@ -59,7 +61,8 @@ def _check_ties(sites: list[Site], context: Context) -> None:
         ]
         if formats[0] != formats[1]:
             raise UsageError(
-                f"{first.name} and {site.name} are one tied tensor, but the recipe asks for {formats[0]} and {formats[1]}; give both the same weight format"
+                f"{first.name} and {site.name} are one tied tensor, but the recipe asks for {formats[0]} and {formats[1]}; "
+                "give both the same weight format"
             )
 
 
@@ -71,7 +74,8 @@ def _check_overrides(sites: list[Site], context: Context, report: Report) -> Non
             if name not in context.recipe.allow.unmatched:
                 known = sorted({s.role for s in sites if s.role})
                 raise UsageError(
-                    f"recipe {context.recipe.name}: {name} selects no layer ({override.select}); roles here: {', '.join(known) or 'none'}; "
-                    f"names look like {sites[0].name!r}. Allow it with allow: {{unmatched: [{name}]}}"
+                    f"recipe {context.recipe.name}: {name} selects no layer ({override.select}); "
+                    f"roles here: {', '.join(known) or 'none'}; names look like {sites[0].name!r}. "
+                    f"Allow it with allow: {{unmatched: [{name}]}}"
                 )
             report.skipped.append(Skip(name, "selects no layer; allowed by the recipe"))

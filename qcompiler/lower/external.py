@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import onnx_ir as ir
 
@@ -71,7 +71,7 @@ def external_bytes(model: ir.Model) -> int:
     return offset
 
 
-def save(model: ir.Model, path: Path, data: BinaryIO, data_name: str) -> Saved:
+def save(model: ir.Model, path: Path, data: IO[bytes], data_name: str) -> Saved:
     """Write the tensors to `data`, then the graph to `path`; the model's tensors become references to the file.
 
     Args:
@@ -123,7 +123,8 @@ def check_saved(path: Path, saved: Saved) -> None:
             raise GateError(f"{path.name}: tensor {tensor.name!r} was not saved")
         if (external.offset, external.length) != (tensor.offset, tensor.bytes):
             raise GateError(
-                f"{path.name}: tensor {tensor.name!r} lies at {external.offset}+{external.length}, expected {tensor.offset}+{tensor.bytes}"
+                f"{path.name}: tensor {tensor.name!r} lies at {external.offset}+{external.length}, "
+                f"expected {tensor.offset}+{tensor.bytes}"
             )
         end, size = tensor.offset + tensor.bytes, Path(external.path).stat().st_size
         if end > size:

@@ -9,7 +9,7 @@ have one scale a block of the weight, where ours have one a token or per 128 inp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -36,12 +36,11 @@ def check_recipe(recipe: Recipe) -> None:
     parts |= {f"overrides.{i}": o.scheme for i, o in enumerate(recipe.overrides)}
     for name, scheme in parts.items():
         if isinstance(scheme, Scheme) and scheme.bits not in BITS:
-            near = [
-                AffineFormat(bits, scheme.group, scheme.symmetric).label for bits in (scheme.bits + 1, scheme.bits - 1)
-            ]
+            format = scheme.weight_format
+            near = [replace(format, bits=bits).label for bits in (format.bits + 1, format.bits - 1)]
             raise UnsupportedError(
-                f"recipe {recipe.name}: {name}: stock ONNX Runtime has no kernel for {scheme.weight_format.label}; nearest: {' or '.join(near)}. "
-                "The target `onnx` runs it with our op library"
+                f"recipe {recipe.name}: {name}: stock ONNX Runtime has no kernel for {format.label}; "
+                f"nearest: {' or '.join(near)}. The target `onnx` runs it with our op library"
             )
 
 
@@ -105,8 +104,8 @@ def to_stock(model: ir.Model) -> dict[str, dict[str, int]]:
         if codes.name not in weights:
             weights[codes.name] = _convert(model.graph, node)
         weight = weights[codes.name]
-        replace = _linear if node.op_type == "LinearNBit" else _embedding
-        output = replace(model.graph, node, weight)
+        lower = _linear if node.op_type == "LinearNBit" else _embedding
+        output = lower(model.graph, node, weight)
         name = node.outputs[0].name
         node.outputs[0].replace_all_uses_with(output, replace_graph_outputs=True)
         output.shape, output.type = node.outputs[0].shape, node.outputs[0].type

@@ -18,7 +18,7 @@ from onnxscript.function_libs.torch_lib.registration import default_registry, to
 from qcompiler.errors import UnsupportedError
 from qcompiler.ops import SPECS
 from qcompiler.ops.bodies import BUILDERS
-from qcompiler.ops.body_builder import marker
+from qcompiler.ops.body_builder import STANDARD_OPSET, marker
 from qcompiler.ops.spec import DOMAIN, OPSET, OpSpec
 
 _ONNX_TYPE = {"float32": "tensor(float)", "float16": "tensor(float16)", "uint8": "tensor(uint8)", "int64": "tensor(int64)"}
@@ -88,7 +88,7 @@ def attach_bodies(model: ir.Model) -> dict[str, int]:
         if spec is None:
             raise UnsupportedError(f"node {node.name!r}: op {DOMAIN}::{node.op_type} is not declared")
         attributes = {name: node.attributes.get_int(name) for name in spec.attributes}
-        present = frozenset(i.name for i, value in zip(spec.inputs, node.inputs) if value is not None)
+        present = frozenset(i.name for i, value in zip(spec.inputs, node.inputs, strict=False) if value is not None)
         node.overload = spec.variant(attributes, present)
         node.attributes.add(ir.AttrInt64(marker(node.overload), 1))
         key = (DOMAIN, spec.onnx_name, node.overload)
@@ -114,7 +114,8 @@ def single_node_model(spec: OpSpec, case, *, bodies: bool = True) -> ir.Model:
             continue
         value = ir.Value(name=declared.name, type=ir.TensorType(ir.DataType.from_numpy(array.dtype)))
         if declared.name == first:
-            value.shape = ir.Shape([f"d{i}" for i in range(array.ndim - (declared.name == "x"))] + list(array.shape[-1:] if declared.name == "x" else []))
+            columns = list(array.shape[-1:]) if declared.name == "x" else []  # of activations; every other axis may vary
+            value.shape = ir.Shape([f"d{i}" for i in range(array.ndim - len(columns))] + columns)
             inputs.append(value)
         else:
             value.shape, value.const_value = ir.Shape(array.shape), ir.tensor(array, name=declared.name)
@@ -125,7 +126,8 @@ def single_node_model(spec: OpSpec, case, *, bodies: bool = True) -> ir.Model:
     node = ir.node(spec.onnx_name, values, attributes=dict(case.attributes), domain=DOMAIN, name="node")
     output = node.outputs[0]
     output.name, output.type = "y", ir.TensorType(ir.DataType.FLOAT)
-    graph = ir.Graph(inputs, [output], nodes=[node], initializers=initializers, opset_imports={"": 21, DOMAIN: OPSET}, name=spec.name)
+    opsets = {"": STANDARD_OPSET, DOMAIN: OPSET}
+    graph = ir.Graph(inputs, [output], nodes=[node], initializers=initializers, opset_imports=opsets, name=spec.name)
     model = ir.Model(graph, ir_version=10)
     if bodies:
         attach_bodies(model)

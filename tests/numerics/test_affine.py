@@ -80,7 +80,7 @@ def test_finer_is_better():
     error = lambda format: (w - affine.fit(w, format, "minmax").dequantize()).square().sum()  # noqa: E731
     for bits in BITS:
         assert error(AffineFormat(bits, 32)) <= error(AffineFormat(bits, 128)) <= error(AffineFormat(bits, 0))
-    for more, fewer in zip(BITS, BITS[1:]):
+    for more, fewer in zip(BITS, BITS[1:], strict=False):
         assert error(AffineFormat(more, 32)) < error(AffineFormat(fewer, 32))
 
 
