@@ -105,8 +105,8 @@ def compile(
             recipe=chosen.name,
             fallbacks=[f for e in quantizer.trace.entries for f in e.record["fallbacks"]],
             allowed=recipes.to_dict(chosen)["allow"],
-            tokens=_special_tokens(loaded),
-            context=_context(loaded).positions,
+            tokens=_special_tokens(loaded.model if loaded is not None else model),
+            context=_context(loaded.model if loaded is not None else model).positions,
             **facts["manifest"],
         )
         writer.set_manifest(manifest)
@@ -239,7 +239,7 @@ def _samples(
             loaded.directory,
             text=text,
             samples=samples,
-            length=length or min(_context(loaded).default or DEFAULT_LENGTH, DEFAULT_LENGTH),
+            length=length or min(_context(loaded.model).default or DEFAULT_LENGTH, DEFAULT_LENGTH),
         )
         for window in windows:
             yield feed(prepared, torch.as_tensor(window).reshape(1, -1))
@@ -247,11 +247,13 @@ def _samples(
     return read
 
 
-def _context(loaded: Loaded | None) -> Context:
-    """What the checkpoint's configuration says of its context."""
+def _context(model: Any) -> Context:
+    """What the model's configuration says of its context; nothing of a plain module."""
+    from transformers import PreTrainedModel
+
     from qcompiler.evaluate.windows import Context
 
-    return Context.of_config(loaded.config) if loaded is not None else Context()
+    return Context.of_config(model.config) if isinstance(model, PreTrainedModel) else Context()
 
 
 def _write_records(writer: ArtifactWriter, quantizer: Quantizer, layers: dict[str, Any], loaded: Loaded | None) -> None:
@@ -266,11 +268,13 @@ def _write_records(writer: ArtifactWriter, quantizer: Quantizer, layers: dict[st
         writer.add_file(file)
 
 
-def _special_tokens(loaded: Loaded | None) -> dict[str, Any] | None:
+def _special_tokens(model: Any) -> dict[str, Any] | None:
     """Ids that begin, end and pad a text; every id that ends one. From generation settings and configuration."""
-    if loaded is None:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
         return None
-    settings = [getattr(loaded.model, "generation_config", None), loaded.config.get_text_config()]
+    settings = [getattr(model, "generation_config", None), model.config.get_text_config()]
 
     def ids(name: str) -> list[int]:
         values = [getattr(s, name, None) for s in settings if s is not None]

@@ -18,6 +18,12 @@ def _folder() -> Path:
     return folder
 
 
-@functools.cache
 def reference(recipe: str, target: str = "onnx") -> qcompiler.CompileResult:
-    return qcompiler.compile("reference", output=_folder() / f"{recipe}-{target}", recipe=recipe, target=target, samples=2, length=64)
+    return _compiled(recipe, target)
+
+
+# Behind a function, so that a default and the same value given are one entry.
+@functools.cache
+def _compiled(recipe: str, target: str) -> qcompiler.CompileResult:
+    output = _folder() / f"{recipe}-{target}"
+    return qcompiler.compile("reference", output=output, recipe=recipe, target=target, samples=2, length=64)

@@ -86,7 +86,7 @@ def test_manifest(compiled: qcompiler.CompileResult) -> None:
     roles = {port["name"]: port["role"] for port in manifest["inputs"]}
     assert roles == {"input_ids": "tokens", "attention_mask": "mask", "token_type_ids": "token_types"}
     assert all(port["shape"] == ["batch", "length"] for port in manifest["inputs"])
-    assert [(port["name"], port["shape"]) for port in manifest["outputs"]] == [("logits", ["batch", 3])]
+    assert manifest["outputs"] == [{"name": "logits", "dtype": "float32", "shape": ["batch", 3], "role": "logits"}]
 
 
 def command(*arguments: object) -> str:
