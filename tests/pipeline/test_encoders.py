@@ -89,6 +89,12 @@ def test_manifest(compiled: qcompiler.CompileResult) -> None:
     assert manifest["outputs"] == [{"name": "logits", "dtype": "float32", "shape": ["batch", 3], "role": "logits"}]
 
 
+def test_a_model_in_memory_tells_its_context_and_tokens(model: torch.nn.Module, tmp_path: Path) -> None:
+    manifest = qcompiler.compile(model, output=tmp_path / "out", recipe="int4", samples=0).manifest
+    assert manifest["context"] == 128 and manifest["tokens"]["pad"] == 0
+    assert manifest["model"]["source"] == "BertForSequenceClassification"
+
+
 def command(*arguments: object) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
