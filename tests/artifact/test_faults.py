@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,6 +168,8 @@ def test_kill_at_random_moments(tmp_path: Path, overwrite: bool, exhaustive: boo
             # It was done before the kill: then all of it is there.
             assert json.loads((target / "manifest.json").read_bytes())["recipe"] == "new"
             assert verify_files(open_artifact(target)) == 30
+            if not overwrite:  # the next writer would be refused
+                shutil.rmtree(target)
     last = start(target, files=2, overwrite=True)
     assert finish(last) == (0, "")
     assert verify_files(open_artifact(target)) == 2
