@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -184,8 +185,11 @@ def _error(w, scale, zero, format, weight_of_column, norm, buffer) -> torch.Tens
 
 def sqnr_db(reference: torch.Tensor, approximation: torch.Tensor) -> float:
     """10·log10(Σ reference² / Σ (reference − approximation)²); infinite when equal."""
-    noise = (reference.double() - approximation.double()).square().sum().item()
-    signal = reference.double().square().sum().item()
+    signal = noise = 0.0
+    # in pieces: float64 copies of a large weight would take several times its memory
+    for x, y in zip(reference.reshape(-1).split(CHUNK), approximation.reshape(-1).split(CHUNK), strict=True):
+        signal += x.double().square().sum().item()
+        noise += (x.double() - y).square().sum().item()
     if noise == 0:
-        return float("inf")
-    return 10 * float(torch.log10(torch.tensor(signal / noise, dtype=torch.float64))) if signal else float("-inf")
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
