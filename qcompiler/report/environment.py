@@ -12,8 +12,8 @@ from qcompiler.artifact.manifest import version as own_version
 # Package -> (oldest, first untested) versions; as in pyproject.toml, which a test compares.
 RUN = {"numpy": ("1.26", "3"), "onnxruntime": ("1.21", "2"), "tokenizers": ("0.21", "1")}
 COMPILE = {
-    "torch": ("2.9", "3"),
-    "transformers": ("5", "6"),
+    "torch": ("2.11", "3"),
+    "transformers": ("5.23", "6"),
     "onnx": ("1.20", "2"),
     "onnxscript": ("0.5", "1"),
     "onnx-ir": ("0.1.12", "2"),
