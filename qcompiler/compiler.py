@@ -214,13 +214,13 @@ def _prepare(
     prepared = prepare(module, example, dynamic_shapes)
     for note in prepared.notes:
         reporter.note(note)
-    feeds = _samples(loaded, prepared, text, samples, length)
+    feeds = _samples(loaded, prepared, text, samples, length, reporter)
     quantizer = Quantizer(recipe, reporter=reporter, samples=feeds, kind=prepared.kind)
     return loaded, prepared, quantizer
 
 
 def _samples(
-    loaded: Loaded | None, prepared: Prepared, text: Any, samples: int, length: int | None
+    loaded: Loaded | None, prepared: Prepared, text: Any, samples: int, length: int | None, reporter: Reporter
 ) -> Callable[[], Iterable[dict[str, Any]]]:
     """Calibration samples as arguments of the graph; the example alone where there is no tokenizer."""
     from qcompiler.capture.feeds import arguments, feed, takes_tokens
@@ -228,6 +228,7 @@ def _samples(
     if samples < 1:
         return tuple
     if loaded is None or not loaded.tokenizer_files or not takes_tokens(prepared):
+        reporter.note("no tokenizer: the layers' output SQNR is measured on the inputs that the graph was captured with")
         return lambda: [arguments(prepared)]
 
     def read() -> Iterable[dict[str, Any]]:
@@ -240,6 +241,7 @@ def _samples(
             text=text,
             samples=samples,
             length=length or min(_context(loaded.model).default or DEFAULT_LENGTH, DEFAULT_LENGTH),
+            reporter=reporter,
         )
         for window in windows:
             yield feed(prepared, torch.as_tensor(window).reshape(1, -1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -112,12 +113,14 @@ def _cache(lowered: Any, inputs: list[Any], outputs: list[Any]) -> dict[str, Any
 def _torch(
     writer: ArtifactWriter, prepared: Prepared, quantizer: Quantizer, target: str, reporter: Reporter
 ) -> dict[str, Any]:
+    from qcompiler.capture.dimensions import program_ports
     from qcompiler.lower import torch as lower
     from qcompiler.lower.external import Placed, Saved
     from qcompiler.pipeline.accounting import layers_file, planned_totals
 
-    inputs, outputs = lower.ports(prepared)
     program = prepared.export_torch(quantizer)
+    inputs, outputs = program_ports(program, prepared)
+    inputs = [replace(p, name=p.path) for p in inputs]  # the flat program's inputs go by position
     reporter.stage("lower")
     flat = lower.flatten(program, prepared)
     reporter.stage("write")

@@ -105,12 +105,13 @@ class Quantizer(ExportQuantizer):
 
     def _probe(self, graph: Graph, context: Context, manager: PassManager) -> None:
         self.reporter.stage("measure_outputs")
+        samples = list(context.samples())
         with manager.watched(graph) as timing:
-            layers = {name: {"output_sqnr_db": value} for name, value in output_sqnr(graph, context).items()}
+            layers = {name: {"output_sqnr_db": value} for name, value in output_sqnr(graph, context, samples).items()}
         for name, values in layers.items():
             if values["output_sqnr_db"] != values["output_sqnr_db"]:
                 raise InputError(f"layer {name}: its output is not finite on the calibration samples")
-        self.trace.add_numbers("measure_outputs", "solve", layers, {}, timing)
+        self.trace.add_numbers("measure_outputs", "solve", layers, {"samples": len(samples)}, timing)
 
     def _check_coverage(self) -> None:
         coverage, left = self.coverage()

@@ -19,11 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qcompiler.errors import InputError
+from qcompiler.ops import layout
+from qcompiler.ops.formats import LAYOUT_VERSION, AffineFormat
 
 ABI_VERSION = 1
-LAYOUT_VERSION = 1
-BITS = (8, 4, 3, 2)
-GROUPS = (0, 32, 64, 128)
 ACTIVATIONS = {"float": 0, "int8_token": 1, "int8_block": 2}
 
 _NAMES = {"darwin": "libqcompiler_ops.dylib", "win32": "libqcompiler_ops.dll"}
@@ -236,16 +235,12 @@ class WeightShapes(NamedTuple):
 
 
 def weight_shapes(*, bits: int, group: int, n: int, k: int) -> WeightShapes:
-    if bits not in BITS:
-        raise ValueError(f"bits is {bits!r}, expected one of {BITS}")
-    if group not in GROUPS:
-        raise ValueError(f"group is {group!r}, expected one of {GROUPS} (0: the whole row)")
+    format = AffineFormat(bits, group, symmetric=False)
     if n < 1 or k < 1:
         raise ValueError(f"n and k are {n!r} and {k!r}, expected at least 1")
-    tiles = -(-n // 16)
-    groups = 1 if group == 0 else -(-k // group)
-    unit_k, unit_bytes = (32, 192) if bits == 3 else (32 // bits, 64)
-    return WeightShapes((tiles, -(-k // unit_k), unit_bytes), (tiles, groups, 16), (tiles, groups, 2 * bits))
+    return WeightShapes(
+        layout.codes_shape(n, k, bits), layout.scales_shape(n, k, format), layout.zeros_shape(n, k, format)
+    )
 
 
 def _checked(name: str, array: np.ndarray, dtype: type, shape: tuple[int, ...] | None = None) -> int:

@@ -57,8 +57,9 @@ def _fake(spec: OpSpec):
 
     def fake(*values):
         tensors, integers = values[: len(spec.inputs)], values[len(spec.inputs) :]
-        shapes = {i.name: tuple(t.shape) for i, t in zip(spec.inputs, tensors, strict=False) if t is not None}
-        return tensors[0].new_empty(spec.output_shape(shapes, dict(zip(spec.attributes, integers, strict=False))), dtype=torch.float32)
+        shapes = {i.name: tuple(t.shape) for i, t in zip(spec.inputs, tensors, strict=True) if t is not None}
+        shape = spec.output_shape(shapes, dict(zip(spec.attributes, integers, strict=True)))
+        return tensors[0].new_empty(shape, dtype=torch.float32)
 
     return fake
 

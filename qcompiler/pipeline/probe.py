@@ -53,12 +53,11 @@ class _Probe(Interpreter):
         return overload("linear_nbit")(x, packed["codes"], packed["scales"], packed.get("zeros"), bias, *sizes)
 
 
-def output_sqnr(graph: Graph, context: Context) -> dict[str, float]:
-    """10·log10(Σ y² / Σ (y − ỹ)²) of every solved linear site over `context.samples()`, in dB; y without its bias.
+def output_sqnr(graph: Graph, context: Context, samples: list[dict[str, Any]]) -> dict[str, float]:
+    """10·log10(Σ y² / Σ (y − ỹ)²) of every solved linear site over `samples`, in dB; y without its bias.
 
     Empty when there are no samples. Run before the rewrite, while the graph is in float.
     """
-    samples = list(context.samples())
     if not samples:
         return {}
     probe = _Probe(graph, context)
