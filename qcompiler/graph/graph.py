@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from qcompiler.graph.constants import attribute, set_parameter
+
 Kind = Literal["decoder", "encoder", "module"]
 
 
@@ -39,8 +41,24 @@ class Site:
 
 
 @dataclass
+class Scaling:
+    """diag(rows) · W · diag(columns), applied when the weight is read; None is a vector of ones."""
+
+    rows: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        if self.rows is not None:
+            weight = weight * self.rows.to(weight.dtype).reshape(-1, *[1] * (weight.dim() - 1))
+        return weight if self.columns is None else weight * self.columns.to(weight.dtype)
+
+
+@dataclass
 class Graph:
     """A captured model.
+
+    The module's floating constants may be stored in another type than the graph computes in (a mapped bfloat16 checkpoint
+    under a float32 graph), and a rewrite may have scaled them: read them through `constant`, never as attributes.
 
     Attributes:
         module: the FX GraphModule; ATen ops, never decomposed, parameters and buffers as `get_attr` nodes.
@@ -49,6 +67,7 @@ class Graph:
         sites: filled by the `sites` analysis; empty before it.
         leftovers: products with a constant that no analysis could bring into the form of a site:
             name -> (bytes, why). They stay in float and count against coverage.
+        scalings: pending row and column factors of constants, by name; see `scale_rows`.
     """
 
     module: torch.fx.GraphModule
@@ -56,6 +75,7 @@ class Graph:
     example: dict
     sites: list[Site] = field(default_factory=list)
     leftovers: dict[str, tuple[int, str]] = field(default_factory=dict)
+    scalings: dict[str, Scaling] = field(default_factory=dict)
 
     @property
     def nodes(self) -> list[torch.fx.Node]:
@@ -68,6 +88,39 @@ class Graph:
         raise KeyError(name)
 
     def constant(self, name: str) -> torch.Tensor:
-        """The parameter or buffer of that dotted name."""
-        owner, _, leaf = name.rpartition(".")
-        return getattr(self.module.get_submodule(owner), leaf)
+        """The parameter or buffer of that dotted name as the graph computes with it.
+
+        Half-precision storage is widened to float32 and pending scalings are applied, on every call anew: what is mapped
+        from a file stays there. Without either it is the stored tensor itself; do not write into it.
+        """
+        tensor = attribute(self.module, name).detach()
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor = tensor.float()
+        scaling = self.scalings.get(name)
+        return tensor if scaling is None else scaling.apply(tensor)
+
+    def scale_rows(self, name: str, factors: torch.Tensor) -> None:
+        """Multiply axis 0 of a constant by `factors` `[n]`; recorded, and applied whenever it is read."""
+        held = self.scalings.setdefault(name, Scaling())
+        held.rows = factors if held.rows is None else held.rows * factors
+
+    def scale_columns(self, name: str, factors: torch.Tensor) -> None:
+        """Multiply the last axis of a constant by `factors` `[k]`; recorded, and applied whenever it is read."""
+        held = self.scalings.setdefault(name, Scaling())
+        held.columns = factors if held.columns is None else held.columns * factors
+
+    def set_constant(self, name: str, value: torch.Tensor) -> None:
+        """Replace a constant by `value` (or create it); pending scalings of the old one are dropped."""
+        self.scalings.pop(name, None)
+        set_parameter(self.module, name, value)
+
+    def materialise(self) -> int:
+        """Store every constant that the graph still reads as `constant` shows it; returns how many were changed."""
+        changed = 0
+        for name in sorted({str(node.target) for node in self.module.graph.nodes if node.op == "get_attr"}):
+            stored = attribute(self.module, name)
+            if name in self.scalings or stored.dtype in (torch.float16, torch.bfloat16):
+                set_parameter(self.module, name, self.constant(name))
+                changed += 1
+        self.scalings.clear()
+        return changed

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from qcompiler.numerics.affine import AffineWeight
     from qcompiler.recipe.schema import Recipe, Scheme
+    from qcompiler.sweep.store import SolvedStore
     from qcompiler.report.progress import Reporter
 
 
@@ -23,6 +27,12 @@ class Context:
         left_in_float: site name -> why it stays in float.
         solutions: site name -> quantized weight, filled by the solve passes.
         samples: yields keyword arguments of the graph, one calibration sample each; empty when there are none.
+        static_ranges: site name -> (scale, zero point) of its input, for sites with static int8 activations.
+        outliers: site name -> sorted columns of its input that stay in float beside the quantized product.
+        memory: bytes of anonymous memory that calibration may take, or None for no bound.
+        scratch: a folder for what does not fit: solutions, packed weights, activations between segments; None keeps them
+            in memory.
+        store: solved sites by the content that they were solved from, for resuming; None when nothing is kept.
     """
 
     recipe: Recipe
@@ -31,3 +41,8 @@ class Context:
     left_in_float: dict[str, str] = field(default_factory=dict)
     solutions: dict[str, AffineWeight] = field(default_factory=dict)
     samples: Callable[[], Iterable[dict[str, Any]]] = tuple
+    static_ranges: dict[str, tuple[float, int]] = field(default_factory=dict)
+    outliers: dict[str, torch.Tensor] = field(default_factory=dict)
+    memory: int | None = None
+    scratch: Path | None = None
+    store: SolvedStore | None = None
