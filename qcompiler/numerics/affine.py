@@ -97,7 +97,12 @@ def _grouped(weight: torch.Tensor, format: AffineFormat) -> torch.Tensor:
 
 
 def fit(
-    weight: torch.Tensor, format: AffineFormat, clipping: str = "mse", norm: float = 2.0, per_tensor: bool = False
+    weight: torch.Tensor,
+    format: AffineFormat,
+    clipping: str = "mse",
+    norm: float = 2.0,
+    per_tensor: bool = False,
+    importance: torch.Tensor | None = None,
 ) -> AffineWeight:
     """Round to nearest with a chosen clipping range a group.
 
@@ -111,32 +116,74 @@ def fit(
             with the scale already rounded to float16.
         norm: exponent of the search.
         per_tensor: one scale (and zero point) for the whole matrix, stored with every row; the format's group is 0.
+        importance: float `[k]`, not negative: what the error of a column counts in the search; all alike when None.
 
     Raises:
         ValueError: a range whose scale float16 cannot hold.
     """
     n, k = weight.shape
+    dtype = torch.int8 if format.bits == 8 else torch.uint8
     if per_tensor:
-        codes, scale, zero = _fit_rows(weight.float().reshape(1, -1), format, clipping, norm)
-        dtype = torch.int8 if format.bits == 8 else torch.uint8
+        importance = None if importance is None else importance.repeat(n)
+        codes, scale, zero = _fit_rows(weight.float().reshape(1, -1), format, clipping, norm, importance)
         zeros = None if format.symmetric else zero.to(dtype).expand(n, 1).contiguous()
         return AffineWeight(codes.reshape(n, k).to(dtype), scale.half().expand(n, 1).contiguous(), zeros, format)
-    rows = max(1, CHUNK // max(k, 1))
-    parts = [_fit_rows(weight[i : i + rows].float(), format, clipping, norm) for i in range(0, n, rows)]
-    dtype = torch.int8 if format.bits == 8 else torch.uint8
+    parts = [_fit_rows(rows.float(), format, clipping, norm, importance) for rows in _chunks(weight)]
     codes = torch.cat([p[0] for p in parts]).to(dtype)
     scales = torch.cat([p[1] for p in parts]).half()
     zeros = None if format.symmetric else torch.cat([p[2] for p in parts]).to(dtype)
     return AffineWeight(codes, scales, zeros, format)
 
 
-def _fit_rows(weight: torch.Tensor, format: AffineFormat, clipping: str, norm: float) -> tuple[torch.Tensor, ...]:
+def fit_group(
+    group: torch.Tensor,
+    format: AffineFormat,
+    clipping: str = "mse",
+    norm: float = 2.0,
+    importance: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The grid of one group of columns, by the rules of `fit`.
+
+    Args:
+        group: float `[n, width]`, finite; any width, `format.group` is not looked at.
+        importance: float `[width]`, as in `fit`.
+
+    Returns:
+        `(S, Z)`, float32 `[n]` each: S as float16 stores it, Z an integer.
+
+    Raises:
+        ValueError: as `fit`.
+    """
+    importance = None if importance is None else importance.float()[None]
+    parts = [_fit_grids(rows.float()[:, None], format, clipping, norm, importance) for rows in _chunks(group)]
+    return torch.cat([p[0] for p in parts])[:, 0], torch.cat([p[1] for p in parts])[:, 0]
+
+
+def _chunks(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Rows in pieces of `CHUNK` elements; an accelerator has no cache to stay in, and takes larger ones."""
+    size = CHUNK if weight.device.type == "cpu" else 512 * CHUNK
+    return weight.split(max(1, size // max(weight.shape[1], 1)))
+
+
+def _fit_rows(
+    weight: torch.Tensor, format: AffineFormat, clipping: str, norm: float, importance: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """Codes `[n, k]`, S and Z `[n, groups]`, all float32."""
     n, k = weight.shape
     w = _grouped(weight, format)
-    weight_of_column = None
-    if w.shape[1] * w.shape[2] > k:  # the repeated columns of a short group do not count
-        weight_of_column = torch.ones(w.shape[1:], dtype=w.dtype)
-        weight_of_column.view(-1)[k:] = 0
+    if w.shape[1] * w.shape[2] > k or importance is not None:  # the repeated columns of a short group do not count
+        counted = torch.zeros(w.shape[1] * w.shape[2], dtype=w.dtype, device=w.device)
+        counted[:k] = 1 if importance is None else importance
+        importance = counted.view(w.shape[1:])
+    scale, zero = _fit_grids(w, format, clipping, norm, importance)
+    codes = quantize(w, scale[..., None], zero[..., None], format)
+    return codes.reshape(n, -1)[:, :k], scale, zero
+
+
+def _fit_grids(
+    w: torch.Tensor, format: AffineFormat, clipping: str, norm: float, importance: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(S, Z)` `[n, groups]` for `w` `[n, groups, width]`, with `importance` `[groups, width]` or None."""
     low, high = w.amin(dim=2).clamp(max=0), w.amax(dim=2).clamp(min=0)
     turn = torch.ones_like(low)
     if clipping == "mse" and format.symmetric and format.bits < 8:
@@ -153,20 +200,19 @@ def _fit_rows(weight: torch.Tensor, format: AffineFormat, clipping: str, norm: f
         raise ValueError(f"a group has a range of {float((high - low).max()):.3g}; float16 scales hold at most {LARGEST_SCALE:g}")
     if clipping == "mse":
         buffer = torch.empty_like(w)
-        best = _error(w, scale, zero, format, weight_of_column, norm, buffer)
+        best = _error(w, scale, zero, format, importance, norm, buffer)
         for factor in SHRINK[1:].tolist():
             s, z = candidate(factor)
-            error = _error(w, s, z, format, weight_of_column, norm, buffer)
+            error = _error(w, s, z, format, importance, norm, buffer)
             better = error < best
             best = torch.where(better, error, best)
             scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
     elif clipping != "minmax":
         raise ValueError(f"clipping must be 'minmax' or 'mse', got {clipping!r}")
-    codes = quantize(w, scale[..., None], zero[..., None], format)
-    return codes.reshape(n, -1)[:, :k], scale * turn, zero
+    return scale * turn, zero
 
 
-def _error(w, scale, zero, format, weight_of_column, norm, buffer) -> torch.Tensor:
+def _error(w, scale, zero, format, importance, norm, buffer) -> torch.Tensor:
     """Σ |w − w̃|^norm a group; `buffer`, of the shape of `w`, is overwritten. The arithmetic is that of `quantize`."""
     code_low, code_high = _range(format)
     scale = scale[..., None]
@@ -178,8 +224,8 @@ def _error(w, scale, zero, format, weight_of_column, norm, buffer) -> torch.Tens
         difference = difference.add_(zero).clamp_(code_low, code_high).sub_(zero)
     difference = difference.mul_(scale).sub_(w)
     difference = difference.square_() if norm == 2.0 else difference.abs_().pow_(norm)
-    if weight_of_column is not None:
-        difference = difference.mul_(weight_of_column)
+    if importance is not None:
+        difference = difference.mul_(importance)
     return difference.sum(dim=2)
 
 
