@@ -123,6 +123,45 @@ int32_t linear(const qc_context* context, const qc_weight* weight, int32_t activ
   return kOk;
 }
 
+int32_t linear_experts(const qc_context* context, const qc_weight* weight, int64_t experts, int32_t activation,
+                       int64_t rows, const float* x, const int64_t* expert, const float* bias, float* y) {
+  const char* op = "linear_experts_nbit";
+  Workers workers{};
+  Matrix matrix{};
+  const Kernels* kernels = nullptr;
+  if (int32_t code = check_context(op, context, &workers, &kernels)) return code;
+  if (int32_t code = check_weight(op, weight, &matrix)) return code;
+  if (!product(experts, product(codes_bytes(matrix.n, matrix.k, matrix.bits), 1)) ||
+      !product(experts, product(scales_count(matrix.n, matrix.k, matrix.group), 2))) {
+    return fail(kInvalidArgument, "%s: experts is %" PRId64 ", expected at least 1 and all weights within 2^63 bytes", op,
+                experts);
+  }
+  if (activation != QC_ACT_FLOAT && activation != QC_ACT_INT8_TOKEN && activation != QC_ACT_INT8_BLOCK) {
+    return fail(kInvalidArgument,
+                "%s: activation is %" PRId32 ", expected 0 (float), 1 (int8 per token) or 2 (int8 per block)", op,
+                activation);
+  }
+  if (int32_t code = check_exactness(op, matrix, activation)) return code;
+  if (rows < 0) return fail(kInvalidArgument, "%s: rows is %" PRId64 ", expected at least 0", op, rows);
+  if (rows == 0) return kOk;
+  if (int32_t code = check_matrix(op, "x", rows, matrix.k)) return code;
+  if (int32_t code = check_matrix(op, "y", rows, matrix.n)) return code;
+  if (!x) return null_pointer(op, "x");
+  if (!y) return null_pointer(op, "y");
+  if (!expert) return null_pointer(op, "expert");
+  for (int64_t i = 0; i < rows; ++i) {
+    if (expert[i] < 0 || expert[i] >= experts) {
+      return fail(kInvalidArgument, "%s: expert[%" PRId64 "] is %" PRId64 ", expected 0 <= index < experts = %" PRId64, op,
+                  i, expert[i], experts);
+    }
+  }
+  if (!run_experts(*kernels, workers, matrix, experts, static_cast<qc_activation>(activation), rows, x, expert, bias,
+                   y)) {
+    return fail(kOutOfMemory, "%s: no memory for the activations of k = %" PRId64, op, matrix.k);
+  }
+  return kOk;
+}
+
 int32_t embedding(const qc_context* context, const qc_weight* weight, int64_t count, const int64_t* indices, float* y) {
   const char* op = "embedding_nbit";
   Workers workers{};
@@ -166,6 +205,11 @@ int64_t qc_zeros_bytes(int64_t n, int64_t k, int32_t bits, int32_t group) {
 int32_t qc_linear_nbit(const qc_context* context, const qc_weight* weight, int32_t activation, int64_t rows,
                        const float* x, const float* bias, float* y) {
   return qc::linear(context, weight, activation, rows, x, bias, y);
+}
+
+int32_t qc_linear_experts_nbit(const qc_context* context, const qc_weight* weight, int64_t experts, int32_t activation,
+                               int64_t rows, const float* x, const int64_t* expert, const float* bias, float* y) {
+  return qc::linear_experts(context, weight, experts, activation, rows, x, expert, bias, y);
 }
 
 int32_t qc_embedding_nbit(const qc_context* context, const qc_weight* weight, int64_t count, const int64_t* indices,

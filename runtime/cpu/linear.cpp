@@ -132,8 +132,7 @@ struct FloatPreparation {
 void run_pieces(const Workers& workers, LinearFunction kernel, const LinearJob& job) {
   const Matrix& w = job.weight;
   const int64_t blocks = ceil_div(job.rows, job.block_rows);
-  const double products = double(w.n) * double(w.k) * double(job.rows);
-  if (w.tiles * w.tile_bytes < kSmallBytes && products < double(kSmallProducts)) {
+  if (stays_on_caller(w, job.rows)) {
     kernel(job, 0, w.tiles, 0, blocks);
     return;
   }
@@ -202,6 +201,11 @@ bool run_sweep(const Kernels& kernels, const Workers& workers, const Matrix& wei
 }
 
 }  // namespace
+
+bool stays_on_caller(const Matrix& weight, int64_t rows) {
+  const double products = double(weight.n) * double(weight.k) * double(rows);
+  return weight.tiles * weight.tile_bytes < kSmallBytes && products < double(kSmallProducts);
+}
 
 bool run_linear(const Kernels& kernels, const Workers& workers, const Matrix& weight, qc_activation activation,
                 int64_t rows, const float* x, const float* bias, float* y) {

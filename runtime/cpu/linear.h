@@ -28,6 +28,15 @@ struct Workers {
 bool run_linear(const Kernels& kernels, const Workers& workers, const Matrix& weight, qc_activation activation,
                 int64_t rows, const float* x, const float* bias, float* y);
 
+// Whether run_linear would cut this into no pieces: a small matrix, few products.
+bool stays_on_caller(const Matrix& weight, int64_t rows);
+
+// y[i] = W[expert[i]] . x[i] (+ bias[expert[i]]): `first` of `experts` matrices that lie one after another; every index is
+// within [0, experts). False when memory ran out.
+bool run_experts(const Kernels& kernels, const Workers& workers, const Matrix& first, int64_t experts,
+                 qc_activation activation, int64_t rows, const float* x, const int64_t* expert, const float* bias,
+                 float* y);
+
 void run_embedding(const Workers& workers, const Matrix& weight, int64_t count, const int64_t* indices, float* y);
 
 }  // namespace qc

@@ -78,6 +78,13 @@ QC_EXPORT int64_t qc_zeros_bytes(int64_t n, int64_t k, int32_t bits, int32_t gro
 QC_EXPORT int32_t qc_linear_nbit(const qc_context* context, const qc_weight* weight, int32_t activation, int64_t rows,
                                  const float* x, const float* bias, float* y);
 
+// y[rows, n]: row i of x[rows, k] times the matrix of expert[i] (+ bias[expert[i], n]). `weight` describes one matrix; `experts`
+// of them lie one after another in each of its tensors, every one padded to its own tiles. An index outside [0, experts) is
+// an error. Every row is what qc_linear_nbit gives with its expert's matrix, bit for bit.
+QC_EXPORT int32_t qc_linear_experts_nbit(const qc_context* context, const qc_weight* weight, int64_t experts,
+                                         int32_t activation, int64_t rows, const float* x, const int64_t* expert,
+                                         const float* bias, float* y);
+
 // y[count, k] = W[indices]: rows decoded to fp32. An index outside [0, n) is an error.
 QC_EXPORT int32_t qc_embedding_nbit(const qc_context* context, const qc_weight* weight, int64_t count,
                                     const int64_t* indices, float* y);

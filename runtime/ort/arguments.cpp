@@ -99,7 +99,8 @@ Tensor required_input(const Api& api, const OrtKernelContext* context, InputName
 
 static constexpr const char* kPartNames[] = {"codes", "scales", "zeros"};
 
-Weight::Weight(const Api& api, const OrtKernelInfo* info, size_t first) : first_(first) {
+Weight::Weight(const Api& api, const OrtKernelInfo* info, size_t first, int64_t matrices)
+    : first_(first), matrices_(matrices) {
   const int64_t layout = int_attribute(api, info, "layout_version");
   if (layout != qc_layout_version())
     throw Failure{kNotImplemented, "the weights have packed layout " + std::to_string(layout) +
@@ -130,7 +131,7 @@ Weight::Weight(const Api& api, const OrtKernelInfo* info, size_t first) : first_
 
 Shape Weight::expected_shape(Part part) const {
   const qc_weight& w = description_;
-  const int64_t tiles = ceil_div(w.n, 16);
+  const int64_t tiles = matrices_ * ceil_div(w.n, 16);
   const int64_t groups = w.group == 0 ? 1 : ceil_div(w.k, w.group);
   if (part == kScales) return {tiles, groups, 16};
   if (part == kZeros) return {tiles, groups, 2 * w.bits};
@@ -149,8 +150,8 @@ const void* Weight::checked(Part part, const Tensor& found) const {
   const int64_t needed = part == kCodes    ? qc_codes_bytes(w.n, w.k, w.bits)
                          : part == kScales ? qc_scales_count(w.n, w.k, w.group)
                                            : qc_zeros_bytes(w.n, w.k, w.bits, w.group);
-  if (needed != shape[0] * shape[1] * shape[2])
-    throw Failure{kFail, "the kernels read " + std::to_string(needed) + " elements of " + kPartNames[part] +
+  if (matrices_ * needed != shape[0] * shape[1] * shape[2])
+    throw Failure{kFail, "the kernels read " + std::to_string(matrices_ * needed) + " elements of " + kPartNames[part] +
                              ", the layout has " + text(shape)};
   return found.data;
 }
@@ -174,12 +175,14 @@ qc_weight Weight::resolve(const Api& api, const OrtKernelContext* context) const
 
 // ---- bias
 
-Bias::Bias(const Api& api, const OrtKernelInfo* info, size_t index, int64_t n) : index_(index), n_(n) {
+Bias::Bias(const Api& api, const OrtKernelInfo* info, size_t index, int64_t n, int64_t matrices)
+    : index_(index), n_(n), matrices_(matrices) {
   if (const OrtValue* value = constant_input(api, info, index)) constant_ = checked(tensor(api, value));
 }
 
 const float* Bias::checked(const Tensor& found) const {
-  expect({index_, "bias"}, found, kFloat, {n_}, " (n " + std::to_string(n_) + ")");
+  const Shape shape = matrices_ ? Shape{matrices_, n_} : Shape{n_};
+  expect({index_, "bias"}, found, kFloat, shape, " (n " + std::to_string(n_) + ")");
   return static_cast<const float*>(found.data);
 }
 

@@ -41,8 +41,8 @@ std::string node_text(const Api& api, const OrtKernelInfo* info, const char* op)
 // and their pointer is kept: it lies in the mapped file. Any other is checked on each call.
 class Weight {
  public:
-  // `first` is the input index of codes; scales and zeros follow it.
-  Weight(const Api& api, const OrtKernelInfo* info, size_t first);
+  // `first` is the input index of codes; scales and zeros follow it. `matrices` of the described shape lie one after another.
+  Weight(const Api& api, const OrtKernelInfo* info, size_t first, int64_t matrices = 1);
 
   qc_weight resolve(const Api& api, const OrtKernelContext* context) const;
 
@@ -57,13 +57,14 @@ class Weight {
 
   qc_weight description_{};
   size_t first_;
+  int64_t matrices_;
   const void* constant_[kParts] = {};
 };
 
-// The same for an optional float vector of n elements.
+// The same for an optional float vector of n elements, or `matrices` of them (0: one, without an axis of its own).
 class Bias {
  public:
-  Bias(const Api& api, const OrtKernelInfo* info, size_t index, int64_t n);
+  Bias(const Api& api, const OrtKernelInfo* info, size_t index, int64_t n, int64_t matrices = 0);
 
   const float* resolve(const Api& api, const OrtKernelContext* context) const;
 
@@ -71,7 +72,7 @@ class Bias {
   const float* checked(const Tensor& found) const;
 
   size_t index_;
-  int64_t n_;
+  int64_t n_, matrices_;
   const float* constant_ = nullptr;
 };
 

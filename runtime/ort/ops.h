@@ -34,6 +34,7 @@ struct OpDescription {
 
 extern const OpDescription kLinearNBit;
 extern const OpDescription kEmbeddingNBit;
+extern const OpDescription kLinearExpertsNBit;
 
 // The kernels' work on the thread pool of the session that calls. Valid during one compute().
 class SessionPool {
