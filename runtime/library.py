@@ -69,6 +69,11 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [ctypes.POINTER(_Context), ctypes.POINTER(_Weight), ctypes.c_int32, ctypes.c_int64]
         + [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p],
     ),
+    "qc_linear_experts_nbit": (
+        ctypes.c_int32,
+        [ctypes.POINTER(_Context), ctypes.POINTER(_Weight), ctypes.c_int64, ctypes.c_int32, ctypes.c_int64]
+        + [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p],
+    ),
     "qc_embedding_nbit": (
         ctypes.c_int32,
         [ctypes.POINTER(_Context), ctypes.POINTER(_Weight), ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p],
@@ -212,6 +217,18 @@ def linear_nbit_pointers(
     _call(library, library.qc_linear_nbit, *arguments)
 
 
+def linear_experts_nbit_pointers(
+    x: int, expert: int, codes: int, scales: int, zeros: int | None, bias: int | None, y: int, *, rows: int, bits: int,
+    group: int, experts: int, n: int, k: int, activation: int, threads: int | None = None, isa: str | None = None,
+) -> None:  # fmt: skip
+    """y[rows, n]: each row of x[rows, k] times the matrix of its expert, on addresses; the indices alone are checked."""
+    library = load()
+    weight = _Weight(n, k, bits, group, codes, scales, zeros)
+    context = _context(library, threads, isa)
+    arguments = (ctypes.byref(context), ctypes.byref(weight), experts, activation, rows, x, expert, bias, y)
+    _call(library, library.qc_linear_experts_nbit, *arguments)
+
+
 def embedding_nbit_pointers(
     indices: int, codes: int, scales: int, zeros: int | None, y: int, *, count: int, bits: int, group: int, n: int,
     k: int, threads: int | None = None, isa: str | None = None,
@@ -285,6 +302,36 @@ def linear_nbit(
         linear_nbit_pointers(
             x_address, *weight, bias_address, y.ctypes.data, rows=y.size // n, bits=bits, group=group, n=n, k=k,
             activation=activation, threads=threads, isa=isa,
+        )  # fmt: skip
+    return y
+
+
+def linear_experts_nbit(
+    x: np.ndarray, expert: np.ndarray, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None = None, *,
+    bits: int, group: int, experts: int, n: int, k: int, activation: int | str = "float",
+    bias: np.ndarray | None = None, threads: int | None = None, isa: str | None = None,
+) -> np.ndarray:  # fmt: skip
+    """Row i of x[rows, k] . W[expert[i]]^T (+ bias[expert[i]]) in float32, the matrices packed one after another."""
+    activation = ACTIVATIONS.get(activation, -1) if isinstance(activation, str) else activation
+    if experts < 1:
+        raise ValueError(f"experts is {experts}, expected at least 1")
+    shapes = weight_shapes(bits=bits, group=group, n=n, k=k)
+    stacked = [(experts * shape[0], *shape[1:]) for shape in shapes]
+    weight = (
+        _checked("codes", codes, np.uint8, stacked[0]),
+        _checked("scales", scales, np.float16, stacked[1]),
+        None if zeros is None else _checked("zeros", zeros, np.uint8, stacked[2]),
+    )
+    x_address = _checked("x", x, np.float32)
+    if x.ndim != 2 or x.shape[1] != k:
+        raise ValueError(f"x has shape {list(x.shape)}, expected [rows, {k}]")
+    expert_address = _checked("expert", expert, np.int64, x.shape[:1])
+    bias_address = None if bias is None else _checked("bias", bias, np.float32, (experts, n))
+    y = np.empty((len(x), n), np.float32)
+    if y.size:
+        linear_experts_nbit_pointers(
+            x_address, expert_address, *weight, bias_address, y.ctypes.data, rows=len(x), bits=bits, group=group,
+            experts=experts, n=n, k=k, activation=activation, threads=threads, isa=isa,
         )  # fmt: skip
     return y
 

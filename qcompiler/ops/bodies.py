@@ -104,16 +104,54 @@ def linear_nbit(spec: OpSpec, overload: str, attributes: dict[str, int], present
     inputs = {i.name: ir.Value(name=i.name) for i in spec.inputs}
     x, codes, scales = inputs["x"], inputs["codes"], inputs["scales"]
     zeros = inputs["zeros"] if "zeros" in present else None
+    y = _product(b, x, codes, scales, zeros, attributes)
+    if "bias" in present:
+        y = b.op("Add", y, inputs["bias"])
+    return b.function(spec, overload, list(inputs.values()), y)
+
+
+def _product(
+    b: Body, x: ir.Value, codes: ir.Value, scales: ir.Value, zeros: ir.Value | None, attributes: dict[str, int]
+) -> ir.Value:
+    """x · Wᵀ with one packed matrix."""
     format = AffineFormat(attributes["bits"], attributes["group"], zeros is None)
     activation = Activation(attributes["activation"])
     if activation is Activation.FLOAT:
-        y = float_product(b, x, _rows(b, decode_weight(b, codes, scales, zeros, format), b.attribute("k")))
-    else:
-        levels = _rows(b, decode_levels(b, codes, zeros, format), b.attribute("k"))
-        factors = decode_scales(b, scales)
-        y = integer_product(b, x, levels, _rows(b, factors, b.dimension(factors, 2)), format, activation)
+        return float_product(b, x, _rows(b, decode_weight(b, codes, scales, zeros, format), b.attribute("k")))
+    levels = _rows(b, decode_levels(b, codes, zeros, format), b.attribute("k"))
+    factors = decode_scales(b, scales)
+    return integer_product(b, x, levels, _rows(b, factors, b.dimension(factors, 2)), format, activation)
+
+
+def linear_experts_nbit(
+    spec: OpSpec, overload: str, attributes: dict[str, int], present: frozenset[str]
+) -> ir.Function:
+    """The body of `LinearExpertsNBit` for one variant: row by row, the matrix of the row's expert decoded each time."""
+    b = Body(spec.attributes, overload)
+    inputs = {i.name: ir.Value(name=i.name) for i in spec.inputs}
+    x, expert = inputs["x"], inputs["expert"]
+    # Gather takes -1 for the last: a negative index is made one that it refuses.
+    checked = b.op("Where", b.op("Less", expert, b.ints(0)), b.attribute("experts"), expert)
+    # ONNX Runtime's Scan refuses to run over nothing: a row of zeros goes behind the others, and its result is dropped.
+    zero = b.op("Expand", b.constant(0, np.float32), b.op("Concat", b.ints(1), b.attribute("k"), axis=0))
+    scanned = [b.op("Concat", x, zero, axis=0), b.op("Concat", checked, b.ints(0), axis=0)]
+    scanned[0].dtype, scanned[1].dtype = ir.DataType.FLOAT, ir.DataType.INT64
+    by_expert = {
+        name: b.op("Reshape", inputs[name], b.op("Concat", b.attribute("experts"), b.ints(-1), last, axis=0))
+        for name in ("codes", "scales", "zeros")
+        if name in present
+        for last in [b.op("Shape", inputs[name], start=1)]
+    }
+
+    def row(step: Body, x: ir.Value, expert: ir.Value) -> ir.Value:
+        own = {name: step.op("Gather", value, expert, axis=0) for name, value in by_expert.items()}
+        one = step.op("Unsqueeze", x, step.ints(0))
+        y = _product(step, one, own["codes"], own["scales"], own.get("zeros"), attributes)
+        return step.op("Squeeze", y, step.ints(0))
+
+    y = b.op("Slice", b.rows(scanned, row), b.ints(0), b.ints(-1), b.ints(0))
     if "bias" in present:
-        y = b.op("Add", y, inputs["bias"])
+        y = b.op("Add", y, b.op("Gather", inputs["bias"], checked, axis=0))
     return b.function(spec, overload, list(inputs.values()), y)
 
 
@@ -135,4 +173,8 @@ def embedding_nbit(spec: OpSpec, overload: str, attributes: dict[str, int], pres
     return b.function(spec, overload, list(inputs.values()), y)
 
 
-BUILDERS = {"linear_nbit": linear_nbit, "embedding_nbit": embedding_nbit}
+BUILDERS = {
+    "linear_nbit": linear_nbit,
+    "linear_experts_nbit": linear_experts_nbit,
+    "embedding_nbit": embedding_nbit,
+}

@@ -109,7 +109,30 @@ class Body(Nodes):
         graph = ir.Graph(inputs, [output], nodes=inner.nodes, name="step")
         return self.op("Scan", start, *scanned, body=graph, num_scan_inputs=len(scanned))
 
+    def rows(self, scanned: Sequence[ir.Value], step: Callable[..., ir.Value]) -> ir.Value:
+        """`step(builder, *slices) -> float` for each index of the leading dimension of `scanned`; the results, stacked.
+
+        Unlike in `fold`, a step is a whole body: it may use the attributes and values from outside.
+        """
+        inner = _Step(self, "row_")
+        inputs = [ir.Value(name=f"row_input_{i}", type=ir.TensorType(v.dtype)) for i, v in enumerate(scanned)]
+        output = step(inner, *inputs)
+        output.type = ir.TensorType(ir.DataType.FLOAT)
+        graph = ir.Graph(inputs, [output], nodes=inner.nodes, name="row")
+        return self.op("Scan", *scanned, body=graph, num_scan_inputs=len(scanned))
+
     def function(self, spec: OpSpec, overload: str, inputs: Sequence[ir.Value], output: ir.Value) -> ir.Function:
         graph = ir.Graph(inputs, [output], nodes=self.nodes, opset_imports={"": STANDARD_OPSET})
         attributes = [ir.Attr(name, ir.AttributeType.INT, None) for name in self.attribute_names]
         return ir.Function(DOMAIN, spec.onnx_name, overload, graph=graph, attributes=attributes)
+
+
+class _Step(Body):
+    """What runs for one row: its own nodes, the attributes of the body around it."""
+
+    def __init__(self, outer: Body, prefix: str) -> None:
+        Nodes.__init__(self, prefix)
+        self._outer = outer
+
+    def attribute(self, name: str) -> ir.Value:
+        return self._outer.attribute(name)

@@ -49,7 +49,38 @@ def embedding_nbit(indices, codes, scales, zeros, bits, group, n, k, layout_vers
     return y
 
 
-_CPU = {"linear_nbit": linear_nbit, "embedding_nbit": embedding_nbit}
+def linear_experts_nbit(
+    x, expert, codes, scales, zeros, bias, bits, group, experts, n, k, activation, layout_version
+):
+    """CPU kernel of `linear_experts_nbit`.
+
+    Raises:
+        RuntimeError: from the library: sizes that do not fit, an expert index outside `[0, experts)`.
+    """
+    from qcompiler.runtime import library
+
+    torch._check(x.dtype == torch.float32, lambda: f"linear_experts_nbit: x is {x.dtype}, expected float32 on the CPU")
+    torch._check(
+        x.dim() == 2 and x.shape[1] == k and expert.shape == x.shape[:1] and expert.dtype == torch.int64,
+        lambda: f"linear_experts_nbit: x is {list(x.shape)} and expert {expert.dtype} {list(expert.shape)}, expected "
+        f"[rows, {k}] and int64 [rows]",
+    )
+    x, expert = x.contiguous(), expert.contiguous()
+    y = x.new_empty((x.shape[0], n))
+    if y.numel():
+        library.linear_experts_nbit_pointers(
+            x.data_ptr(), expert.data_ptr(), codes.data_ptr(), scales.data_ptr(), _address(zeros), _address(bias),
+            y.data_ptr(), rows=x.shape[0], bits=bits, group=group, experts=experts, n=n, k=k, activation=activation,
+            threads=torch.get_num_threads(),
+        )  # fmt: skip
+    return y
+
+
+_CPU = {
+    "linear_nbit": linear_nbit,
+    "linear_experts_nbit": linear_experts_nbit,
+    "embedding_nbit": embedding_nbit,
+}
 
 
 def _fake(spec: OpSpec):
