@@ -165,7 +165,8 @@ class LeastError(_Counted):
 def _error(points: torch.Tensor, weights: torch.Tensor, limits: tuple[float, float], symmetric: bool, norm: float) -> float:
     scale, zero = static_grid(*limits, symmetric)
     low = -127 if symmetric else -128
-    rounded = scale * ((points / scale).round().add_(zero).clamp_(low, 127) - zero)
+    # half up, which is several times as fast as half to even: no point of a bin is more exact than that
+    rounded = scale * ((points / scale).add_(zero + 0.5).floor_().clamp_(low, 127) - zero)
     return ((points - rounded).abs().pow(norm).sum(dim=1) * weights).sum().item()
 
 

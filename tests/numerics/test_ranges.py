@@ -108,7 +108,7 @@ def test_error_search_is_no_worse_than_minmax_and_better_where_clipping_pays(sym
     for name, x in samples.items():
         found, full = (estimate(method, x, symmetric=symmetric) for method in ("mse", "minmax"))
         ratios[name] = quantization_error(x, found, symmetric) / quantization_error(x, full, symmetric)
-    assert max(ratios.values()) <= 1 and ratios["outlier"] < 0.7 and ratios["normal"] < 1
+    assert max(ratios.values()) <= 1 and ratios["outlier"] < 0.75 and ratios["normal"] < 1
 
 
 def test_lower_norms_clip_more():
