@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qcompiler.passes.solve.gptq import Gptq
 from qcompiler.passes.solve.round_to_nearest import RoundToNearest
 from qcompiler.pipeline.passes import Pass
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from qcompiler.recipe.schema import Recipe
 
 # What a recipe may name under `passes`.
-RECIPE_PASSES: dict[str, type[Pass]] = {cls.name: cls for cls in (RoundToNearest,)}
+RECIPE_PASSES: dict[str, type[Pass]] = {cls.name: cls for cls in (Gptq, RoundToNearest)}
 
 
 def pipeline(recipe: Recipe) -> tuple[list[Pass], list[Pass]]:
@@ -21,12 +22,13 @@ def pipeline(recipe: Recipe) -> tuple[list[Pass], list[Pass]]:
     from qcompiler.passes.analyse.find_roles import FindRoles
     from qcompiler.passes.analyse.find_sites import FindSites
     from qcompiler.passes.normalise.normalise_embedding import NormaliseEmbedding
+    from qcompiler.passes.normalise.normalise_experts import NormaliseExperts
     from qcompiler.passes.normalise.normalise_linear import NormaliseLinear
     from qcompiler.passes.normalise.strip_guards import StripGuards
     from qcompiler.passes.normalise.widen_bfloat16 import WidenBfloat16
     from qcompiler.passes.rewrite.quantize_sites import QuantizeSites
 
-    normalise = [StripGuards(), NormaliseLinear(), NormaliseEmbedding(), WidenBfloat16()]
+    normalise = [StripGuards(), NormaliseLinear(), NormaliseExperts(), NormaliseEmbedding(), WidenBfloat16()]
     analyse = [FindSites(), FindGroups(), FindRoles(), AssignFormats()]
     return [*normalise, *analyse, *recipe.passes], [QuantizeSites()]
 

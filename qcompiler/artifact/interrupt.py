@@ -31,6 +31,30 @@ def sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+class Postponed:
+    """Whether SIGTERM has come; `arrived` becomes true when it does."""
+
+    arrived = False
+
+
+@contextlib.contextmanager
+def sigterm_postponed(wanted: bool = True) -> Iterator[Postponed]:
+    """Within the block SIGTERM is only noted: for work that looks at the note often and stops where it can be resumed.
+
+    Nothing changes where `wanted` is false, or where this is no main thread.
+    """
+    stop = Postponed()
+    before = signal.getsignal(signal.SIGTERM)
+    if not wanted or threading.current_thread() is not threading.main_thread() or before is None:
+        yield stop
+        return
+    signal.signal(signal.SIGTERM, lambda number, frame: setattr(stop, "arrived", True))
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
     """Hold SIGINT and SIGTERM back until the block is left: for the few steps that must not stop half-way."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompiler.artifact.manifest import TARGETS
-from qcompiler.cli.options import add_json, compile_side, positive, reporter
+from qcompiler.cli.options import add_json, byte_count, compile_side, positive, reporter
 from qcompiler.errors import InputError, UsageError
 
 NAME = "compile"
@@ -32,6 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--samples", type=positive, metavar="N", help="calibration samples")
     parser.add_argument("--length", type=positive, metavar="L", help="tokens in a calibration sample")
+    parser.add_argument("--seed", type=int, metavar="S", help="which windows of the calibration text")
+    parser.add_argument(
+        "--memory", type=byte_count, metavar="SIZE", help="most memory that calibration may take, e.g. 4GiB (default: no bound)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the layers that an earlier run with the same output has solved"
+    )
+    parser.add_argument(
+        "--reproducible", action="store_true", help="leave times out of the artifact: equal inputs give equal bytes"
+    )
     parser.add_argument(
         "--strict-groups", action="store_true", help="refuse layers whose rows do not divide into groups"
     )
@@ -54,9 +64,10 @@ def execute(options: argparse.Namespace) -> int:
             plan = compiler.plan(options.model, recipe=recipe, target=options.target, reporter=progress, **given)
             document = plan_document(plan)
         else:
-            for key in ("text", "samples", "length"):
+            for key in ("text", "samples", "length", "seed", "memory"):
                 if (value := getattr(options, key)) is not None:
                     given[key] = value
+            given |= {key: True for key in ("resume", "reproducible") if getattr(options, key)}
             result = compiler.compile(
                 options.model,
                 output=options.output,

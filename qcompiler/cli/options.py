@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -19,6 +20,21 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, found {value}")
+    return value
+
+
+_UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "tb": 10**12}
+
+
+def byte_count(text: str) -> int:
+    """A size such as 4GiB, 500MB or a number of bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].lower() not in _UNITS:
+        raise argparse.ArgumentTypeError(f"expected a size such as 4GiB or 500MB, found {text!r}")
+    value = int(float(match[1]) * _UNITS[match[2].lower()])
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a size above 0, found {text!r}")
     return value
 
 

@@ -39,9 +39,14 @@ class Entry:
 
 @dataclass
 class Trace:
-    """Everything that was recorded, in order; entry 0 is the graph as captured."""
+    """Everything that was recorded, in order; entry 0 is the graph as captured.
+
+    Attributes:
+        timings: write times and memory too: the one part of a trace that differs between two equal runs.
+    """
 
     entries: list[Entry] = field(default_factory=list)
+    timings: bool = True
 
     def add(
         self, step: Pass | None, report: Report, text: str, nodes: tuple[int, int], timing: dict[str, float]
@@ -92,4 +97,5 @@ class Trace:
                 writer.write_text(entry.record["graph"], entry.text)
                 written.add(entry.record["graph"])
         writer.write_lines("trace/passes.jsonl", [entry.record for entry in self.entries])
-        writer.write_lines("trace/timings.jsonl", [entry.timing for entry in self.entries])
+        timings = [entry.timing if self.timings else {"index": entry.timing["index"], "name": entry.timing["name"]} for entry in self.entries]
+        writer.write_lines("trace/timings.jsonl", timings)

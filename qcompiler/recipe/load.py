@@ -12,9 +12,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from qcompiler.errors import InputError, UsageError
 from qcompiler.recipe.errors import unknown_key
-from qcompiler.recipe.schema import Allow, Override, Recipe, Scheme, Select
+from qcompiler.recipe.schema import Allow, Calibration, Override, Recipe, Scheme, Select
 
-_FIELDS = {cls.__name__: [f.name for f in dataclasses.fields(cls)] for cls in (Recipe, Scheme, Select, Override, Allow)}
+_FIELDS = {cls.__name__: [f.name for f in dataclasses.fields(cls)] for cls in (Recipe, Scheme, Select, Override, Calibration, Allow)}
 
 
 def builtin_names() -> list[str]:
@@ -82,6 +82,7 @@ def _explain(error: Any, where: str) -> str:
             "scheme": "Scheme",
             "select": "Select",
             "allow": "Allow",
+            "calibration": "Calibration",
         }
         parent = path[-2] if len(path) > 1 else ""
         known = _FIELDS[owner.get(parent, "Override" if parent.isdigit() else "Recipe")]

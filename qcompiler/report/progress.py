@@ -25,6 +25,9 @@ class Reporter(Protocol):
     def layer(self, i: int, n: int, name: str, message: str = "") -> None:
         """Layer `i` of `n`, counted from 1. Without a message its work begins; with one it is done."""
 
+    def solved(self, i: int, n: int, name: str, message: str) -> None:
+        """Layer `i` of `n` is done, and its line is worth keeping: never left out, on a terminal neither."""
+
     def note(self, message: str) -> None:
         """Something worth knowing that needs no action."""
 
@@ -38,6 +41,8 @@ class Silent:
     def stage(self, name: str) -> None: ...
 
     def layer(self, i: int, n: int, name: str, message: str = "") -> None: ...
+
+    def solved(self, i: int, n: int, name: str, message: str) -> None: ...
 
     def note(self, message: str) -> None: ...
 
@@ -105,6 +110,11 @@ class Plain:
         width = len(str(n))
         self._line(f"{self._stage:<18} {i:>{width}}/{n}  {name}{'  ' + message if message else ''}{tail}")
 
+    def solved(self, i: int, n: int, name: str, message: str) -> None:
+        left = self._pace.left(i, n)
+        tail = f"  {duration(left)} left" if left else ""
+        self._line(f"{self._stage:<18} {i:>{len(str(n))}}/{n}  {name}  {message}{tail}")
+
     def note(self, message: str) -> None:
         self._line(f"note: {message}")
 
@@ -161,6 +171,10 @@ class Bars:
             left=f"{duration(left)} left" if left else "",
             layer=f"{name}  {message}".rstrip(),
         )
+
+    def solved(self, i: int, n: int, name: str, message: str) -> None:
+        self.layer(i, n, name, " ")
+        self._console.print(f"{i:>{len(str(n))}}/{n}  {name}  {message}", style="dim", markup=False, highlight=False)
 
     def note(self, message: str) -> None:
         self._console.print(message, markup=False, highlight=False)

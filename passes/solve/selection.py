@@ -1,0 +1,39 @@
+"""Which sites a solve pass takes, and why it leaves the others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qcompiler.pipeline.passes import Skip
+
+if TYPE_CHECKING:
+    from qcompiler.graph.graph import Graph, Site
+    from qcompiler.pipeline.context import Context
+    from qcompiler.recipe.schema import Select
+
+
+def unsolved(graph: Graph, context: Context, select: Select, head: bool = False) -> tuple[list[Site], list[Skip]]:
+    """Linear sites with a format, without a solution, that `select` names; the rest with its reasons.
+
+    The head is left out unless `head` says otherwise or the selection names it: it is most of a small model's statistics
+    and the least sensitive to what they are for.
+    """
+    chosen: list[Site] = []
+    skipped: list[Skip] = []
+    for site in graph.sites:
+        if site.kind == "embedding":
+            continue
+        reason = None
+        if site.name not in context.schemes:
+            reason = context.left_in_float.get(site.name, "no format")
+        elif site.name in context.solutions:
+            reason = "solved already"
+        elif not select.matches(site.name, site.role, site.shape[0] * site.shape[1]):
+            reason = "not selected"
+        elif site.role == "head" and not head and select.role is None and select.name is None:
+            reason = "the head; name it to have it solved"
+        if reason is None:
+            chosen.append(site)
+        else:
+            skipped.append(Skip(site.name, reason))
+    return chosen, skipped

@@ -1,0 +1,24 @@
+"""The weight of a site as a solver gets to see it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from qcompiler.graph.graph import Graph, Site
+    from qcompiler.pipeline.context import Context
+
+
+def quantizable_weight(graph: Graph, context: Context, site: Site) -> torch.Tensor:
+    """The site's weight, float32 `[n, k]`, with zeros in the columns that stay in float beside it.
+
+    Outlier columns are no part of the quantized product: zeroed, they widen no scale. The result may be the stored weight
+    itself: do not write into it.
+    """
+    weight = graph.constant(site.weight)
+    columns = context.outliers.get(site.name)
+    if columns is None or not len(columns):
+        return weight
+    return weight.index_fill(1, columns, 0.0)

@@ -1,0 +1,137 @@
+"""Fit a sweep into a byte budget: where to cut, what to spill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch.fx import Node
+
+from qcompiler.errors import CapacityError
+from qcompiler.graph.graph import Site
+from qcompiler.sweep.order import Group, Order, Stretch, good_cuts
+from qcompiler.sweep.sizes import node_bytes
+
+if TYPE_CHECKING:
+    from qcompiler.sweep.sweep import Sweep
+
+# Of the budget, what interpreters, fragmentation and the libraries' own buffers may take.
+MARGIN = 0.1
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a method holds beside the engine.
+
+    Attributes:
+        statistics: bytes a group while the samples of its wave run; every group of a wave counts.
+        solver: bytes while the sites of a group are solved; one group at a time counts.
+        segment: bytes a site for as long as its segment is worked on; every site of it counts.
+    """
+
+    statistics: Callable[[Group], int] = lambda group: 0
+    solver: Callable[[Group], int] = lambda group: 0
+    segment: Callable[[Site], int] = lambda site: 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the budget is used.
+
+    Attributes:
+        segment_bytes: the most that a segment holds.
+        spill: whether values across a cut go to a file.
+        cache_bytes: room for widened weights kept from sample to sample.
+    """
+
+    segment_bytes: int
+    spill: bool
+    cache_bytes: int
+
+
+def plan_cuts(sweep: Sweep, costs: Costs) -> tuple[list[int], Plan]:
+    """Choose cuts and what to spill.
+
+    Raises:
+        CapacityError: even the smallest segments do not fit; says the smallest budget that would do.
+    """
+    found = sweep.order
+    cuts = set(good_cuts(found) if sweep.cuts is None else sweep.cuts(found))
+    budget = sweep.context.memory
+    streams = 2 if sweep.float_stream else 1
+    across = max((streams * len(sweep.samples) * alive for alive in _alive(found, cuts)), default=0)
+    if budget is None:
+        return sorted(cuts), Plan(0, False, 2**62)
+    limit = int(budget * (1 - MARGIN))
+    need = lambda stretch: _need(sweep, stretch, costs)  # noqa: E731
+    while True:
+        stretches = found.stretches(cuts)
+        worst = max(stretches, key=need)
+        if need(worst) <= limit:
+            break
+        inside = [c for c in found.cuts if c not in cuts and _starts(found, worst) < c < _ends(found, worst)]
+        if not inside:
+            least = max(need(s) for s in found.stretches(found.cuts))
+            names = ", ".join(site.name for wave in worst.waves for site in wave.sites[:3])
+            raise CapacityError(
+                f"a memory budget of {budget:,} bytes is too small: solving {names} alone takes "
+                f"{int(need(worst) / (1 - MARGIN)):,}; the smallest budget for this model and recipe is "
+                f"{int(least / (1 - MARGIN)) + 1:,} bytes"
+            )
+        cuts.add(min(inside, key=lambda c: found.alive[found.cuts.index(c)]))
+    used = max(need(stretch) for stretch in found.stretches(cuts))
+    # Two sets live at once: the segment's inputs and its outputs.
+    spill = used + 2 * across > limit and sweep.context.scratch is not None
+    room = limit - used - (0 if spill else 2 * across)
+    return sorted(cuts), Plan(used, spill, max(room, 0))
+
+
+def _alive(order: Order, cuts: set[int]) -> list[int]:
+    return [alive for cut, alive in zip(order.cuts, order.alive, strict=True) if cut in cuts]
+
+
+def _starts(order: Order, stretch: Stretch) -> int:
+    return order.positions[stretch.nodes[0]]
+
+
+def _ends(order: Order, stretch: Stretch) -> int:
+    return order.positions[stretch.nodes[-1]] + 1
+
+
+def _need(sweep: Sweep, stretch: Stretch, costs: Costs) -> int:
+    """Bytes of a segment: one sample's values at their worst, one widened weight, the method's statistics and solver."""
+    last: dict[Node, int] = {}
+    for position, node in enumerate(stretch.nodes):
+        for source in node.all_input_nodes:
+            last[source] = position
+    keep = set(stretch.outputs)
+    alive = peak = sum(node_bytes(node, sweep.bound) for node in stretch.inputs)
+    widened = 0
+    dying: dict[int, list[Node]] = {}
+    for node, position in last.items():
+        if node not in keep and node.op not in ("get_attr", "placeholder"):
+            dying.setdefault(position, []).append(node)
+    for position, node in enumerate(stretch.nodes):
+        alive += node_bytes(node, sweep.bound)
+        peak = max(peak, alive)
+        alive -= sum(node_bytes(dead, sweep.bound) for dead in dying.get(position, ()))
+        for source in node.all_input_nodes:
+            if source.op == "get_attr":
+                widened = max(widened, _copy_bytes(sweep, source))
+    streams = 2 if sweep.float_stream else 1
+    packed = sum(site.shape[0] * site.shape[1] * 5 // 4 for wave in stretch.waves for site in wave.sites)
+    method = 0
+    for wave in stretch.waves:
+        statistics = sum(costs.statistics(group) for group in wave.groups)
+        method = max(method, statistics + max(costs.solver(group) for group in wave.groups))
+    held = sum(costs.segment(site) for wave in stretch.waves for site in wave.sites)
+    return streams * peak + widened + packed + method + held
+
+
+def _copy_bytes(sweep: Sweep, node: Node) -> int:
+    """Bytes of a copy that reading the constant makes; none where it is used as it is stored."""
+    name = str(node.target)
+    stored, computed = sweep.graph.stored(name), node.meta.get("val")
+    same = computed is None or stored.dtype == getattr(computed, "dtype", stored.dtype)
+    return 0 if same and name not in sweep.graph.scalings else node_bytes(node, sweep.bound)

@@ -1,0 +1,132 @@
+"""Streaming statistics of activations: each sees all tokens once and keeps a fixed number of bytes."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class Reducer(Protocol):
+    """Takes tokens as they come; `update` is a tap of `Segment.feed`."""
+
+    def update(self, x: torch.Tensor) -> None:
+        """Take `x` float32 `[tokens, k]`."""
+
+    def result(self) -> torch.Tensor:
+        """The statistic of everything seen."""
+
+
+class AbsMax:
+    """max |x_j| a channel: `[k]`."""
+
+    def __init__(self, k: int):
+        self._max = torch.zeros(k)
+
+    def update(self, x: torch.Tensor) -> None:
+        if x.shape[0]:
+            torch.maximum(self._max, x.abs().amax(dim=0).to(self._max.dtype), out=self._max)
+
+    def result(self) -> torch.Tensor:
+        return self._max
+
+
+class AbsMean:
+    """mean |x_j| a channel over all tokens: `[k]`, summed in float64."""
+
+    def __init__(self, k: int):
+        self._sum = torch.zeros(k, dtype=torch.float64)
+        self.tokens = 0
+
+    def update(self, x: torch.Tensor) -> None:
+        self._sum += x.abs().sum(dim=0, dtype=torch.float64)
+        self.tokens += x.shape[0]
+
+    def result(self) -> torch.Tensor:
+        return (self._sum / max(self.tokens, 1)).float()
+
+
+class Mean:
+    """Mean a channel over all tokens: `[k]`, summed in float64."""
+
+    def __init__(self, k: int):
+        self._sum = torch.zeros(k, dtype=torch.float64)
+        self.tokens = 0
+
+    def update(self, x: torch.Tensor) -> None:
+        self._sum += x.sum(dim=0, dtype=torch.float64)
+        self.tokens += x.shape[0]
+
+    def result(self) -> torch.Tensor:
+        return self._sum / max(self.tokens, 1)
+
+
+class Hessian:
+    """H = E[x xᵀ] over all tokens: float32 `[k, k]`, a sum of float32 products a sample.
+
+    Args:
+        k: channels.
+        dtype: float64 for tests and small layers.
+    """
+
+    def __init__(self, k: int, dtype: torch.dtype = torch.float32):
+        self._sum = torch.zeros(k, k, dtype=dtype)
+        self.tokens = 0
+
+    def update(self, x: torch.Tensor) -> None:
+        x = x.to(self._sum.dtype)
+        self._sum.addmm_(x.T, x)
+        self.tokens += x.shape[0]
+
+    def result(self) -> torch.Tensor:
+        """The mean; the sum's own memory is used, so ask once."""
+        return self._sum.div_(max(self.tokens, 1))
+
+
+class Cross:
+    """C = E[(x̃ − x) xᵀ], x̃ the float stream's input and x the quantized one's: `[k, k]` (GPTAQ, arXiv 2504.02692)."""
+
+    def __init__(self, k: int, dtype: torch.dtype = torch.float32):
+        self._sum = torch.zeros(k, k, dtype=dtype)
+        self.tokens = 0
+
+    def update(self, x: torch.Tensor, x_float: torch.Tensor) -> None:
+        x, x_float = x.to(self._sum.dtype), x_float.to(self._sum.dtype)
+        self._sum.addmm_((x_float - x).T, x)
+        self.tokens += x.shape[0]
+
+    def result(self) -> torch.Tensor:
+        """The mean; the sum's own memory is used, so ask once."""
+        return self._sum.div_(max(self.tokens, 1))
+
+
+class Reservoir:
+    """A uniform sample of `size` tokens of all that were seen (Vitter's algorithm R), the same for the same seed.
+
+    Args:
+        k: channels.
+        size: tokens kept at most.
+        seed: of the draw.
+    """
+
+    def __init__(self, k: int, size: int, seed: int = 0):
+        self._rows = torch.empty(size, k)
+        self._generator = torch.Generator().manual_seed(seed)
+        self.tokens = 0
+
+    def update(self, x: torch.Tensor) -> None:
+        size = self._rows.shape[0]
+        fill = min(max(size - self.tokens, 0), x.shape[0])
+        if fill:
+            self._rows[self.tokens : self.tokens + fill] = x[:fill]
+        rest = x.shape[0] - fill
+        if rest:
+            # token number t (from 1) replaces a row with probability size / t
+            numbers = torch.arange(self.tokens + fill + 1, self.tokens + x.shape[0] + 1, dtype=torch.float64)
+            drawn = (torch.rand(rest, generator=self._generator, dtype=torch.float64) * numbers).long()
+            for index in torch.nonzero(drawn < size).flatten().tolist():
+                self._rows[drawn[index]] = x[fill + index]
+        self.tokens += x.shape[0]
+
+    def result(self) -> torch.Tensor:
+        return self._rows[: min(self.tokens, self._rows.shape[0])]
