@@ -22,8 +22,8 @@ from qcompiler.errors import InputError
 from qcompiler.ops import layout
 from qcompiler.ops.formats import LAYOUT_VERSION, AffineFormat
 
-ABI_VERSION = 1
-ACTIVATIONS = {"float": 0, "int8_token": 1, "int8_block": 2}
+ABI_VERSION = 2
+ACTIVATIONS = {"float": 0, "int8_token": 1, "int8_block": 2, "int8_static": 3}
 
 _NAMES = {"darwin": "libqcompiler_ops.dylib", "win32": "libqcompiler_ops.dll"}
 LIBRARY_NAME = _NAMES.get(sys.platform, "libqcompiler_ops.so")
@@ -43,6 +43,14 @@ class _Weight(ctypes.Structure):
         ("scales", ctypes.c_void_p),
         ("zeros", ctypes.c_void_p),
     ]
+
+
+class _Range(ctypes.Structure):
+    _fields_ = [("scale", ctypes.c_float), ("zero", ctypes.c_void_p), ("offset", ctypes.c_void_p)]
+
+
+class _Outliers(ctypes.Structure):
+    _fields_ = [("count", ctypes.c_int64), ("columns", ctypes.c_void_p), ("weights", ctypes.c_void_p)]
 
 
 class _Context(ctypes.Structure):
@@ -66,8 +74,13 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qc_zeros_bytes": (ctypes.c_int64, [ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]),
     "qc_linear_nbit": (
         ctypes.c_int32,
-        [ctypes.POINTER(_Context), ctypes.POINTER(_Weight), ctypes.c_int32, ctypes.c_int64]
+        [ctypes.POINTER(_Context), ctypes.POINTER(_Weight), ctypes.c_int32, ctypes.POINTER(_Range), ctypes.c_int64]
         + [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p],
+    ),
+    "qc_linear_mixed": (
+        ctypes.c_int32,
+        [ctypes.POINTER(_Context), ctypes.POINTER(_Weight), ctypes.c_int32, ctypes.POINTER(_Range)]
+        + [ctypes.POINTER(_Outliers), ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p],
     ),
     "qc_linear_experts_nbit": (
         ctypes.c_int32,
@@ -205,16 +218,44 @@ def _call(library: ctypes.CDLL, function: Callable[..., int], *arguments: Any) -
         raise RuntimeError(library.qc_last_error().decode())
 
 
+class StaticRange(NamedTuple):
+    """Addresses of activation_scale (float32 [1]), activation_zero (int8 [1]) and activation_offset (float32 [n])."""
+
+    scale: int
+    zero: int | None = None
+    offset: int | None = None
+
+    def structure(self) -> _Range:
+        return _Range(ctypes.c_float.from_address(self.scale).value, self.zero, self.offset)
+
+
 def linear_nbit_pointers(
     x: int, codes: int, scales: int, zeros: int | None, bias: int | None, y: int, *, rows: int, bits: int, group: int,
-    n: int, k: int, activation: int, threads: int | None = None, isa: str | None = None,
+    n: int, k: int, activation: int, activation_range: StaticRange | None = None, threads: int | None = None,
+    isa: str | None = None,
 ) -> None:  # fmt: skip
     """y[rows, n] = x[rows, k] . W^T (+ bias) on addresses (torch: `tensor.data_ptr()`); nothing is checked here."""
     library = load()
     weight = _Weight(n, k, bits, group, codes, scales, zeros)
     context = _context(library, threads, isa)
-    arguments = (ctypes.byref(context), ctypes.byref(weight), activation, rows, x, bias, y)
+    range_ = None if activation_range is None else ctypes.byref(activation_range.structure())
+    arguments = (ctypes.byref(context), ctypes.byref(weight), activation, range_, rows, x, bias, y)
     _call(library, library.qc_linear_nbit, *arguments)
+
+
+def linear_mixed_pointers(
+    x: int, codes: int, scales: int, zeros: int | None, columns: int, outliers: int, bias: int | None, y: int, *,
+    count: int, rows: int, bits: int, group: int, n: int, k: int, activation: int,
+    activation_range: StaticRange | None = None, threads: int | None = None, isa: str | None = None,
+) -> None:  # fmt: skip
+    """The same with `count` columns (int32, ascending) of x in float; the columns alone are checked."""
+    library = load()
+    weight = _Weight(n, k, bits, group, codes, scales, zeros)
+    context = _context(library, threads, isa)
+    range_ = None if activation_range is None else ctypes.byref(activation_range.structure())
+    taken = ctypes.byref(_Outliers(count, columns, outliers))
+    arguments = (ctypes.byref(context), ctypes.byref(weight), activation, range_, taken, rows, x, bias, y)
+    _call(library, library.qc_linear_mixed, *arguments)
 
 
 def linear_experts_nbit_pointers(
@@ -272,6 +313,38 @@ def _checked(name: str, array: np.ndarray, dtype: type, shape: tuple[int, ...] |
     return array.ctypes.data
 
 
+def _activation(activation: int | str) -> int:
+    number = ACTIVATIONS.get(activation, -1) if isinstance(activation, str) else activation
+    if number not in ACTIVATIONS.values():
+        raise ValueError(f"unknown activation {activation!r}, expected one of {ACTIVATIONS}")
+    return number
+
+
+def _checked_rows(x: np.ndarray, k: int) -> int:
+    address = _checked("x", x, np.float32)
+    if x.ndim == 0 or x.shape[-1] != k:
+        raise ValueError(f"x has shape {list(x.shape)}, expected [..., {k}]")
+    return address
+
+
+def _optional(name: str, array: np.ndarray | None, dtype: type, shape: tuple[int, ...]) -> int | None:
+    return None if array is None else _checked(name, array, dtype, shape)
+
+
+def _checked_range(
+    scale: np.ndarray | None, zero: np.ndarray | None, offset: np.ndarray | None, n: int
+) -> StaticRange | None:
+    if scale is None:
+        if zero is not None or offset is not None:
+            raise ValueError("activation_zero or activation_offset is given without activation_scale")
+        return None
+    return StaticRange(
+        _checked("activation_scale", scale, np.float32, (1,)),
+        _optional("activation_zero", zero, np.int8, (1,)),
+        _optional("activation_offset", offset, np.float32, (n,)),
+    )
+
+
 def _checked_weight(
     codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, *, bits: int, group: int, n: int, k: int
 ) -> tuple[int, int, int | None]:
@@ -285,23 +358,46 @@ def _checked_weight(
 
 def linear_nbit(
     x: np.ndarray, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None = None, *, bits: int, group: int,
-    n: int, k: int, activation: int | str = "float", bias: np.ndarray | None = None, threads: int | None = None,
-    isa: str | None = None,
+    n: int, k: int, activation: int | str = "float", bias: np.ndarray | None = None,
+    activation_scale: np.ndarray | None = None, activation_zero: np.ndarray | None = None,
+    activation_offset: np.ndarray | None = None, threads: int | None = None, isa: str | None = None,
 ) -> np.ndarray:  # fmt: skip
     """x[..., k] . W^T (+ bias[n]) in float32, computed by the packed kernels."""
-    activation = ACTIVATIONS.get(activation, -1) if isinstance(activation, str) else activation
-    if activation not in ACTIVATIONS.values():
-        raise ValueError(f"unknown activation, expected one of {ACTIVATIONS}")
+    activation = _activation(activation)
     weight = _checked_weight(codes, scales, zeros, bits=bits, group=group, n=n, k=k)
-    x_address = _checked("x", x, np.float32)
-    if x.ndim == 0 or x.shape[-1] != k:
-        raise ValueError(f"x has shape {list(x.shape)}, expected [..., {k}]")
-    bias_address = None if bias is None else _checked("bias", bias, np.float32, (n,))
+    x_address = _checked_rows(x, k)
+    bias_address = _optional("bias", bias, np.float32, (n,))
+    range_ = _checked_range(activation_scale, activation_zero, activation_offset, n)
     y = np.empty((*x.shape[:-1], n), np.float32)
     if y.size:
         linear_nbit_pointers(
             x_address, *weight, bias_address, y.ctypes.data, rows=y.size // n, bits=bits, group=group, n=n, k=k,
-            activation=activation, threads=threads, isa=isa,
+            activation=activation, activation_range=range_, threads=threads, isa=isa,
+        )  # fmt: skip
+    return y
+
+
+def linear_mixed(
+    x: np.ndarray, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None = None, *, columns: np.ndarray,
+    outliers: np.ndarray, bits: int, group: int, n: int, k: int, activation: int | str = "float",
+    bias: np.ndarray | None = None, activation_scale: np.ndarray | None = None,
+    activation_zero: np.ndarray | None = None, activation_offset: np.ndarray | None = None,
+    threads: int | None = None, isa: str | None = None,
+) -> np.ndarray:  # fmt: skip
+    """`linear_nbit` without the outlier `columns` (int32 [o]) of x, + x[..., columns] . outliers^T."""
+    activation = _activation(activation)
+    weight = _checked_weight(codes, scales, zeros, bits=bits, group=group, n=n, k=k)
+    x_address = _checked_rows(x, k)
+    columns_address = _checked("columns", columns, np.int32, (columns.size,))
+    outliers_address = _checked("outliers", outliers, np.float16, layout.outliers_shape(n, columns.size))
+    bias_address = _optional("bias", bias, np.float32, (n,))
+    range_ = _checked_range(activation_scale, activation_zero, activation_offset, n)
+    y = np.empty((*x.shape[:-1], n), np.float32)
+    if y.size:
+        linear_mixed_pointers(
+            x_address, *weight, columns_address, outliers_address, bias_address, y.ctypes.data, count=columns.size,
+            rows=y.size // n, bits=bits, group=group, n=n, k=k, activation=activation, activation_range=range_,
+            threads=threads, isa=isa,
         )  # fmt: skip
     return y
 

@@ -2,7 +2,8 @@
 
 from qcompiler.ops.embedding_nbit import EMBEDDING_NBIT
 from qcompiler.ops.linear_experts_nbit import LINEAR_EXPERTS_NBIT
+from qcompiler.ops.linear_mixed import LINEAR_MIXED
 from qcompiler.ops.linear_nbit import LINEAR_NBIT
 from qcompiler.ops.spec import SPECS
 
-__all__ = ["EMBEDDING_NBIT", "LINEAR_EXPERTS_NBIT", "LINEAR_NBIT", "SPECS"]
+__all__ = ["EMBEDDING_NBIT", "LINEAR_EXPERTS_NBIT", "LINEAR_MIXED", "LINEAR_NBIT", "SPECS"]

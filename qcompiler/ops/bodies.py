@@ -14,7 +14,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.ops.body_arithmetic import float_product, integer_product
+from qcompiler.ops.activation_range import INPUTS
+from qcompiler.ops.body_arithmetic import StaticRange, add_outliers, float_product, integer_product, without_columns
 from qcompiler.ops.body_builder import Body
 from qcompiler.ops.formats import TILE, Activation, AffineFormat
 from qcompiler.ops.layout import UNIT_K
@@ -104,14 +105,20 @@ def linear_nbit(spec: OpSpec, overload: str, attributes: dict[str, int], present
     inputs = {i.name: ir.Value(name=i.name) for i in spec.inputs}
     x, codes, scales = inputs["x"], inputs["codes"], inputs["scales"]
     zeros = inputs["zeros"] if "zeros" in present else None
-    y = _product(b, x, codes, scales, zeros, attributes)
+    y = _product(b, x, codes, scales, zeros, attributes, _static_range(inputs, present))
     if "bias" in present:
         y = b.op("Add", y, inputs["bias"])
     return b.function(spec, overload, list(inputs.values()), y)
 
 
 def _product(
-    b: Body, x: ir.Value, codes: ir.Value, scales: ir.Value, zeros: ir.Value | None, attributes: dict[str, int]
+    b: Body,
+    x: ir.Value,
+    codes: ir.Value,
+    scales: ir.Value,
+    zeros: ir.Value | None,
+    attributes: dict[str, int],
+    static: StaticRange | None = None,
 ) -> ir.Value:
     """x · Wᵀ with one packed matrix."""
     format = AffineFormat(attributes["bits"], attributes["group"], zeros is None)
@@ -120,7 +127,28 @@ def _product(
         return float_product(b, x, _rows(b, decode_weight(b, codes, scales, zeros, format), b.attribute("k")))
     levels = _rows(b, decode_levels(b, codes, zeros, format), b.attribute("k"))
     factors = decode_scales(b, scales)
-    return integer_product(b, x, levels, _rows(b, factors, b.dimension(factors, 2)), format, activation)
+    return integer_product(b, x, levels, _rows(b, factors, b.dimension(factors, 2)), format, activation, static)
+
+
+def _static_range(inputs: dict[str, ir.Value], present: frozenset[str]) -> StaticRange | None:
+    scale, zero, offset = (inputs[name] if name in present else None for name in INPUTS)
+    return None if scale is None else StaticRange(scale, zero, offset)
+
+
+def linear_mixed(spec: OpSpec, overload: str, attributes: dict[str, int], present: frozenset[str]) -> ir.Function:
+    """The body of `LinearMixed` for one variant."""
+    b = Body(spec.attributes, overload)
+    inputs = {i.name: ir.Value(name=i.name) for i in spec.inputs}
+    x, codes, scales, columns = inputs["x"], inputs["codes"], inputs["scales"], inputs["columns"]
+    zeros = inputs["zeros"] if "zeros" in present else None
+    flat = b.reshape(x, b.op("Div", b.op("Size", x), b.attribute("k")), b.attribute("k"))
+    rest = without_columns(b, flat, columns)
+    y = _product(b, rest, codes, scales, zeros, attributes, _static_range(inputs, present))
+    if "bias" in present:
+        y = b.op("Add", y, inputs["bias"])
+    y = add_outliers(b, y, flat, columns, inputs["outliers"])
+    lead = b.op("Slice", b.op("Shape", x), b.ints(0), b.ints(-1))
+    return b.function(spec, overload, list(inputs.values()), b.reshape(y, lead, b.attribute("n")))
 
 
 def linear_experts_nbit(
@@ -175,6 +203,7 @@ def embedding_nbit(spec: OpSpec, overload: str, attributes: dict[str, int], pres
 
 BUILDERS = {
     "linear_nbit": linear_nbit,
+    "linear_mixed": linear_mixed,
     "linear_experts_nbit": linear_experts_nbit,
     "embedding_nbit": embedding_nbit,
 }

@@ -7,6 +7,8 @@ rounding stays agreement to rounding, and a plain product is enough.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 
@@ -14,6 +16,7 @@ from qcompiler.ops.body_builder import Body, Nodes
 from qcompiler.ops.formats import ACTIVATION_BLOCK, Activation, AffineFormat
 
 LARGEST_ACTIVATION = 127
+LARGEST_MAGNITUDE = 128  # of a static activation with a zero point
 EXACT = 2**24  # whole numbers up to here, and their sums in any order, are exact in float32
 
 
@@ -22,8 +25,23 @@ def float_product(b: Body, x: ir.Value, weight: ir.Value) -> ir.Value:
     return b.op("MatMul", x, b.op("Transpose", weight, perm=[1, 0]))
 
 
+@dataclass(frozen=True)
+class StaticRange:
+    """Static activations: `scale` float `[1]`; `zero` int8 `[1]` and `offset` float `[n]`, or None where symmetric."""
+
+    scale: ir.Value
+    zero: ir.Value | None
+    offset: ir.Value | None
+
+
 def integer_product(
-    b: Body, x: ir.Value, levels: ir.Value, scales: ir.Value, format: AffineFormat, activation: Activation
+    b: Body,
+    x: ir.Value,
+    levels: ir.Value,
+    scales: ir.Value,
+    format: AffineFormat,
+    activation: Activation,
+    static: StaticRange | None = None,
 ) -> ir.Value:
     """x · Wᵀ with x rounded to int8.
 
@@ -34,15 +52,22 @@ def integer_product(
         scales: S as float, `[n, groups]`.
         format: of the weight.
         activation: one of the int8 formats.
+        static: the range, with static activations.
     """
     k, n = b.attribute("k"), b.attribute("n")
     rows = b.op("Div", b.op("Size", x), k)
     flat = b.reshape(x, rows, k)
     start = b.op("Concat", rows, n, axis=0)
-    if format.group or activation is Activation.INT8_BLOCK:
-        y = _segments(b, flat, levels, scales, format, activation, start)
+    if activation is Activation.INT8_BLOCK:
+        y = _segments(b, flat, None, levels, scales, format, start)
     else:
-        y = _whole_row(b, flat, levels, scales, format, start)
+        rounded = quantize(b, flat) if static is None else quantize_static(b, flat, static)
+        if format.group:
+            y = _segments(b, flat, rounded, levels, scales, format, start)
+        else:
+            y = _whole_row(b, rounded, levels, scales, format, start)
+    if static is not None and static.offset is not None:
+        y = b.op("Add", y, static.offset)
     lead = b.op("Slice", b.op("Shape", x), b.ints(0), b.ints(-1))
     return b.reshape(y, lead, n)
 
@@ -50,19 +75,19 @@ def integer_product(
 def _segments(
     b: Body,
     x: ir.Value,
+    rounded: tuple[ir.Value, ir.Value] | None,
     levels: ir.Value,
     scales: ir.Value,
     format: AffineFormat,
-    activation: Activation,
     shape: ir.Value,
 ) -> ir.Value:
-    """acc = fmaf(dot, S · sa, acc), segment by segment."""
+    """acc = fmaf(dot, S · sa, acc), segment by segment; `rounded`: integers and a scale a row, None: a scale a block."""
     # A group is never longer than a block, so the segments are the groups, or the blocks where the group is the row.
     width, k = format.group or ACTIVATION_BLOCK, b.attribute("k")
     count = _ceil_div(b, k, b.ints(width))
     columns = b.op("Mul", count, b.ints(width))
-    if activation is Activation.INT8_TOKEN:
-        a, sa = quantize(b, x)
+    if rounded is not None:
+        a, sa = rounded
         a = _pad(b, a, k, columns)
         sa = b.op("Unsqueeze", sa, b.ints(0))
         sa = b.op("Expand", sa, b.op("Concat", count, b.ints(1, 1), axis=0))
@@ -98,12 +123,17 @@ def _fused_multiply_add(
 
 
 def _whole_row(
-    b: Body, x: ir.Value, levels: ir.Value, scales: ir.Value, format: AffineFormat, shape: ir.Value
+    b: Body,
+    rounded: tuple[ir.Value, ir.Value],
+    levels: ir.Value,
+    scales: ir.Value,
+    format: AffineFormat,
+    shape: ir.Value,
 ) -> ir.Value:
     """dot · (S · sa) with one segment a row, whose sum is put together from parts that are exact in float32."""
-    a, sa = quantize(b, x)
+    a, sa = rounded
     k = b.attribute("k")
-    longest = EXACT // ((2**format.bits - 1) * LARGEST_ACTIVATION)
+    longest = EXACT // ((2**format.bits - 1) * LARGEST_MAGNITUDE)
     count = _ceil_div(b, k, b.ints(longest))
     width = _ceil_div(b, k, count)
     a = _pad(b, a, k, b.op("Mul", count, width))
@@ -126,6 +156,49 @@ def quantize(b: Body, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     safe = b.op("Where", b.op("Equal", scale, b.constant(0, np.float32)), b.constant(1, np.float32), scale)
     rounded = b.op("Round", b.op("Div", x, safe))
     return b.op("Clip", rounded, b.op("Neg", largest), largest), scale
+
+
+def quantize_static(b: Body, x: ir.Value, static: StaticRange) -> tuple[ir.Value, ir.Value]:
+    """Integers as float with a scale and zero point that are given; the scale `[rows, 1]` is NaN for rows not finite."""
+    rounded = b.op("Round", b.op("Div", x, static.scale))
+    smallest = -LARGEST_ACTIVATION
+    if static.zero is not None:
+        rounded, smallest = b.op("Add", rounded, b.to_float(static.zero)), -LARGEST_MAGNITUDE
+    a = b.op("Clip", rounded, b.constant(smallest, np.float32), b.constant(LARGEST_ACTIVATION, np.float32))
+    # infinity · 0 is NaN; clipping alone would let it pass
+    nothing = b.op("ReduceSum", b.op("Mul", x, b.constant(0, np.float32)), b.ints(-1), keepdims=1)
+    return a, b.op("Add", b.op("Slice", nothing, b.ints(0), b.ints(1), b.ints(-1)), static.scale)
+
+
+def add_outliers(b: Body, y: ir.Value, x: ir.Value, columns: ir.Value, outliers: ir.Value) -> ir.Value:
+    """y + x[:, columns] · outliersᵀ, column by column, product and sum each rounded.
+
+    Args:
+        b: where the nodes go.
+        y: `[rows, n]`.
+        x: `[rows, k]`.
+        columns: int32 `[count]`.
+        outliers: float16 `[tiles, count, 16]`.
+    """
+    rows, count, n = b.dimension(x, 0), b.dimension(columns, 0), b.attribute("n")
+    taken = b.op("Transpose", b.op("Gather", x, columns, axis=1), perm=[1, 0])
+    weights = b.op("Transpose", b.to_float(outliers), perm=[1, 0, 2])
+    lanes = b.op("Mul", b.dimension(weights, 1), b.dimension(weights, 2))
+    weights = b.op("Slice", b.reshape(weights, count, lanes), b.ints(0), n, b.ints(1))
+    # ONNX Runtime's Scan refuses to run over nothing: a column of zeros goes behind the others
+    scanned = []
+    for value, width in ((taken, rows), (weights, n)):
+        nothing = b.op("Expand", b.constant(0, np.float32), b.op("Concat", b.ints(1), width, axis=0))
+        scanned.append(b.op("Concat", value, nothing, axis=0))
+    scanned = [b.op("Unsqueeze", scanned[0], b.ints(2)), b.op("Unsqueeze", scanned[1], b.ints(1))]
+    return b.fold(ir.DataType.FLOAT, y, scanned, lambda step, acc, a, w: step.op("Add", acc, step.op("Mul", a, w)))
+
+
+def without_columns(b: Body, x: ir.Value, columns: ir.Value) -> ir.Value:
+    """x `[rows, k]` with 0 in the columns; NaN where such a value was not finite."""
+    ones = b.op("Expand", b.constant(1, np.float32), b.attribute("k"))
+    zeros = b.op("Expand", b.constant(0, np.float32), b.dimension(columns, 0))
+    return b.op("Mul", x, b.op("ScatterElements", ones, columns, zeros, axis=0))
 
 
 def _split(b: Body, a: ir.Value, levels: ir.Value, count: ir.Value, width: ir.Value) -> tuple[ir.Value, ir.Value]:

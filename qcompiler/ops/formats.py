@@ -19,10 +19,11 @@ class Activation(IntEnum):
     FLOAT = 0
     INT8_TOKEN = 1
     INT8_BLOCK = 2
+    INT8_STATIC = 3
 
     @property
     def label(self) -> str:
-        return ("float", "int8-token", f"int8-block{ACTIVATION_BLOCK}")[self]
+        return ("float", "int8-token", f"int8-block{ACTIVATION_BLOCK}", "int8-static")[self]
 
     @classmethod
     def parse(cls, label: str) -> Activation:

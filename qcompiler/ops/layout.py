@@ -9,6 +9,7 @@ import numpy as np
 
 from qcompiler.ops.formats import TILE, AffineFormat
 
+LARGEST_HALF = 65504.0
 UNIT_K = {8: 4, 4: 8, 3: 32, 2: 16}
 UNIT_BYTES = {8: 64, 4: 64, 3: 192, 2: 64}
 
@@ -30,6 +31,11 @@ def scales_shape(n: int, k: int, format: AffineFormat) -> tuple[int, int, int]:
 def zeros_shape(n: int, k: int, format: AffineFormat) -> tuple[int, int, int]:
     """Shape of `zeros`, uint8: `[tiles, groups, 2 * bits]`."""
     return _ceil(n, TILE), format.groups(k), 2 * format.bits
+
+
+def outliers_shape(n: int, columns: int) -> tuple[int, int, int]:
+    """Shape of `outliers`, float16: `[tiles, columns, 16]`."""
+    return _ceil(n, TILE), columns, TILE
 
 
 def packed_bytes(n: int, k: int, format: AffineFormat) -> dict[str, int]:
@@ -110,6 +116,23 @@ def unpack_scales(packed: np.ndarray, n: int) -> np.ndarray:
     """float16 `[tiles, groups, 16]` -> float16 `[n, groups]`."""
     tiles, groups, _ = packed.shape
     return np.ascontiguousarray(packed.transpose(0, 2, 1).reshape(tiles * TILE, groups)[:n])
+
+
+def pack_outliers(weights: np.ndarray) -> np.ndarray:
+    """Float columns of a weight `[n, columns]` -> float16 `[tiles, columns, 16]`, rows beyond n zero.
+
+    Raises:
+        ValueError: a weight that float16 cannot hold.
+    """
+    largest = np.abs(weights).max(initial=0)
+    if not largest <= LARGEST_HALF:
+        raise ValueError(f"outlier columns are stored in float16, which holds at most {LARGEST_HALF:g}; found {largest:g}")
+    return pack_scales(weights)
+
+
+def unpack_outliers(packed: np.ndarray, n: int) -> np.ndarray:
+    """float16 `[tiles, columns, 16]` -> float16 `[n, columns]`."""
+    return unpack_scales(packed, n)
 
 
 def pack_zeros(zeros: np.ndarray, bits: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from qcompiler.ops import layout
+from qcompiler.ops.activation_range import INPUTS, given_range, quantize_static, range_inputs
 from qcompiler.ops.formats import ACTIVATION_BLOCK, BITS, GROUPS, LAYOUT_VERSION, Activation, AffineFormat
 from qcompiler.ops.spec import Case, Input, OpSpec, declare
 
@@ -56,6 +57,10 @@ def reference(inputs: Mapping[str, Any], attributes: Mapping[str, int]) -> np.nd
     rows = x.reshape(-1, k)
     if activation is Activation.FLOAT:
         q, sa = rows, np.ones_like(rows)
+    elif activation is Activation.INT8_STATIC:
+        scale, zero = given_range(inputs)
+        # q − Z as it is: the offset is the kernels' way to get there
+        q, sa = quantize_static(rows, scale, zero), np.full_like(rows, scale)
     else:
         q, sa = quantize_activations(rows, activation)
     segment = min(group or k, ACTIVATION_BLOCK if activation is Activation.INT8_BLOCK else k)
@@ -71,9 +76,10 @@ def reference(inputs: Mapping[str, Any], attributes: Mapping[str, int]) -> np.nd
 
 
 def variant(attributes: Mapping[str, int], present: frozenset[str]) -> str:
-    """For instance `int4-g32-sym_int8-block128_bias`."""
+    """For instance `int4-g32-sym_int8-block128_bias`, `int8-row-sym_int8-static_zero`."""
     weight = AffineFormat(attributes["bits"], attributes["group"], "zeros" not in present).label
-    parts = [weight, Activation(attributes["activation"]).label] + (["bias"] if "bias" in present else [])
+    parts = [weight, Activation(attributes["activation"]).label]
+    parts += [word for word, name in (("zero", "activation_zero"), ("bias", "bias")) if name in present]
     return "_".join(parts)
 
 
@@ -90,14 +96,59 @@ def random_weight(
     return tensors, {"bits": format.bits, "group": format.group, "n": n, "k": k, "layout_version": LAYOUT_VERSION}
 
 
+def random_range(
+    rng: np.random.Generator,
+    tensors: Mapping[str, np.ndarray | None],
+    attributes: Mapping[str, int],
+    activation: Activation,
+    asymmetric: bool,
+) -> dict[str, np.ndarray | None]:
+    """A range for static activations that cuts off some of a normal distribution; nothing for others."""
+    if activation is not Activation.INT8_STATIC:
+        return dict.fromkeys(INPUTS)
+    n, k, bits, group = (attributes[name] for name in ("n", "k", "bits", "group"))
+    zeros = tensors["zeros"]
+    codes = layout.unpack_codes(tensors["codes"], n, k, bits)
+    points = None if zeros is None else layout.unpack_zeros(zeros, n, bits)
+    zero = int(rng.choice([-128, -77, -1, 1, 50, 127])) if asymmetric else 0
+    format = AffineFormat(bits, group, zeros is None)
+    return range_inputs(float(rng.uniform(0.01, 0.02)), zero, codes, layout.unpack_scales(tensors["scales"], n), points, format)
+
+
 def cases() -> Iterable[Case]:
     """Every format and activation, with whole and short tiles, groups and blocks, one row and several."""
+    yield from _dynamic_cases()
+    yield from _static_cases()
+
+
+def _static_cases() -> Iterable[Case]:
+    """Static activations, symmetric and with a zero point; every format on two of the shapes each, in turn."""
+    rng = np.random.default_rng(3)
+    shapes = [((1,), 16, 128), ((3,), 33, 96), ((2, 5), 47, 200), ((20,), 40, 256)]
+    shapes += [((1,), 1, 33), ((0,), 16, 64), ((1,), 20, 300)]
+    number = 0
+    for bits in BITS:
+        for group in GROUPS:
+            for symmetric in (True, False):
+                for asymmetric in (False, True, True):
+                    format, (lead, n, k) = AffineFormat(bits, group, symmetric), shapes[number % len(shapes)]
+                    number += 1
+                    tensors, attributes = random_weight(rng, n, k, format)
+                    tensors |= random_range(rng, tensors, attributes, Activation.INT8_STATIC, asymmetric)
+                    x = rng.standard_normal((*lead, k)).astype(np.float32)
+                    bias = rng.standard_normal(n).astype(np.float32) if number % 2 else None
+                    attributes["activation"] = int(Activation.INT8_STATIC)
+                    label = f"{format.label} int8-static x{list(x.shape)} n{n}{' Z' * asymmetric}{' bias' * (number % 2)}"
+                    yield Case(label, {"x": x, **tensors, "bias": bias}, attributes)
+
+
+def _dynamic_cases() -> Iterable[Case]:
     rng = np.random.default_rng(0)
     shapes = [((1,), 16, 128), ((3,), 33, 96), ((2, 5), 47, 200), ((20,), 64, 256), ((1,), 1, 33), ((0,), 16, 64)]
     for bits in BITS:
         for group in GROUPS:
             for symmetric in (True, False):
-                for activation in Activation:
+                for activation in (Activation.FLOAT, Activation.INT8_TOKEN, Activation.INT8_BLOCK):
                     for index, (lead, n, k) in enumerate(shapes):
                         format = AffineFormat(bits, group, symmetric)
                         tensors, attributes = random_weight(rng, n, k, format)
@@ -107,6 +158,12 @@ def cases() -> Iterable[Case]:
                         label = f"{format.label} {activation.label} x{list(x.shape)} n{n}{' bias' if index % 2 else ''}"
                         yield Case(label, {"x": x, **tensors, "bias": bias}, attributes)
 
+
+RANGE_INPUTS = (
+    Input("activation_scale", "float32", optional=True),
+    Input("activation_zero", "int8", optional=True),
+    Input("activation_offset", "float32", optional=True),
+)
 
 LINEAR_NBIT = declare(
     OpSpec(
@@ -119,6 +176,7 @@ LINEAR_NBIT = declare(
             Input("scales", "float16"),
             Input("zeros", "uint8", optional=True),
             Input("bias", "float32", optional=True),
+            *RANGE_INPUTS,
         ),
         attributes=("bits", "group", "n", "k", "activation", "layout_version"),
         output_shape=lambda shapes, attributes: (*shapes["x"][:-1], attributes["n"]),

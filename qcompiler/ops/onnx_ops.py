@@ -16,12 +16,13 @@ import onnxscript
 from onnxscript.function_libs.torch_lib.registration import default_registry, torch_op
 
 from qcompiler.errors import UnsupportedError
-from qcompiler.ops import SPECS
+from qcompiler.ops import SPECS, experts_linear_onnx
 from qcompiler.ops.bodies import BUILDERS
 from qcompiler.ops.body_builder import STANDARD_OPSET, marker
 from qcompiler.ops.spec import DOMAIN, OPSET, OpSpec
 
-_ONNX_TYPE = {"float32": "tensor(float)", "float16": "tensor(float16)", "uint8": "tensor(uint8)", "int64": "tensor(int64)"}
+_ONNX_TYPE = {"float32": "tensor(float)", "float16": "tensor(float16)", "uint8": "tensor(uint8)"}
+_ONNX_TYPE |= {name: f"tensor({name})" for name in ("int8", "int32", "int64")}
 
 
 def _schema(spec: OpSpec) -> onnx.defs.OpSchema:
@@ -44,10 +45,11 @@ def _translation(spec: OpSpec):
     onnxscript reads its signature and its source, so it is written out, and kept where `inspect` finds it.
     """
     domain = onnxscript.values.Opset(DOMAIN, OPSET)
-    required = [i.name for i in spec.inputs if not i.optional]
-    optional = [i.name for i in spec.inputs if i.optional]
-    arguments = ", ".join([*required, *(f"{name}=None" for name in optional), *(f"{name}: int = 0" for name in spec.attributes)])
-    call = ", ".join([*required, *optional, *(f"{name}={name}" for name in spec.attributes)])
+    # In the order of the declaration. Python wants a default for whatever follows an optional input.
+    first = next((index for index, i in enumerate(spec.inputs) if i.optional), len(spec.inputs))
+    inputs = [i.name if index < first else f"{i.name}=None" for index, i in enumerate(spec.inputs)]
+    arguments = ", ".join([*inputs, *(f"{name}: int = 0" for name in spec.attributes)])
+    call = ", ".join([*(i.name for i in spec.inputs), *(f"{name}={name}" for name in spec.attributes)])
     scope: dict = {"emit": getattr(domain, spec.onnx_name), "__name__": __name__}
     source, filename = f"def {spec.name}({arguments}):\n    return emit({call})\n", f"<qcompiler op {spec.name}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
@@ -62,6 +64,7 @@ def register() -> None:
     Raises:
         RuntimeError: a registration did not take (torch would only log it and fail later).
     """
+    experts_linear_onnx.register()
     for spec in SPECS.values():
         if not onnx.defs.has(spec.onnx_name, DOMAIN):
             onnx.defs.register_schema(_schema(spec))

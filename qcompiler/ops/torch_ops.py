@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from qcompiler.ops import SPECS
+from qcompiler.ops import (
+    SPECS,
+    experts_linear,  # noqa: F401  a program that was saved with it needs it to be known
+    layout,
+)
 from qcompiler.ops.spec import OpSpec
 
 NAMESPACE = "qcompiler"
@@ -15,7 +19,34 @@ def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def linear_nbit(x, codes, scales, zeros, bias, bits, group, n, k, activation, layout_version):
+def _check_x(op, x, k) -> None:
+    torch._check(x.dtype == torch.float32, lambda: f"{op}: x is {x.dtype}, expected float32 on the CPU")
+    torch._check(x.shape[-1] == k, lambda: f"{op}: x has {x.shape[-1]} columns, the weight {k}")
+
+
+def _range(op, scale, zero, offset, n):
+    """Addresses of a static range, whose values the library reads without a look at their sizes."""
+    from qcompiler.runtime import library
+
+    for name, tensor, dtype, size in (
+        ("activation_scale", scale, torch.float32, 1),
+        ("activation_zero", zero, torch.int8, 1),
+        ("activation_offset", offset, torch.float32, n),
+    ):
+        torch._check(
+            tensor is None or (tensor.dtype == dtype and tensor.shape == (size,)),
+            lambda name=name, t=tensor, d=dtype, s=size: f"{op}: {name} is {t.dtype} {list(t.shape)}, expected {d} [{s}]",
+        )
+    if scale is None:
+        torch._check(zero is None and offset is None, lambda: f"{op}: activation_scale is missing")
+        return None
+    return library.StaticRange(scale.data_ptr(), _address(zero), _address(offset))
+
+
+def linear_nbit(
+    x, codes, scales, zeros, bias, activation_scale, activation_zero, activation_offset, bits, group, n, k, activation,
+    layout_version,
+):  # fmt: skip
     """CPU kernel of `linear_nbit`: the C++ library, on torch's tensors in place.
 
     Raises:
@@ -23,14 +54,45 @@ def linear_nbit(x, codes, scales, zeros, bias, bits, group, n, k, activation, la
     """
     from qcompiler.runtime import library
 
-    torch._check(x.dtype == torch.float32, lambda: f"linear_nbit: x is {x.dtype}, expected float32 on the CPU")
-    torch._check(x.shape[-1] == k, lambda: f"linear_nbit: x has {x.shape[-1]} columns, the weight {k}")
+    _check_x("linear_nbit", x, k)
+    static = _range("linear_nbit", activation_scale, activation_zero, activation_offset, n)
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], n))
     if y.numel():
         library.linear_nbit_pointers(
             x.data_ptr(), codes.data_ptr(), scales.data_ptr(), _address(zeros), _address(bias), y.data_ptr(),
-            rows=y.numel() // n, bits=bits, group=group, n=n, k=k, activation=activation, threads=torch.get_num_threads(),
+            rows=y.numel() // n, bits=bits, group=group, n=n, k=k, activation=activation, activation_range=static,
+            threads=torch.get_num_threads(),
+        )  # fmt: skip
+    return y
+
+
+def linear_mixed(
+    x, codes, scales, zeros, columns, outliers, bias, activation_scale, activation_zero, activation_offset, bits, group, n,
+    k, activation, layout_version,
+):  # fmt: skip
+    """CPU kernel of `linear_mixed`.
+
+    Raises:
+        RuntimeError: from the library: sizes that do not fit, columns outside `[0, k)` or not ascending.
+    """
+    from qcompiler.runtime import library
+
+    _check_x("linear_mixed", x, k)
+    static = _range("linear_mixed", activation_scale, activation_zero, activation_offset, n)
+    shape = layout.outliers_shape(n, columns.numel())
+    torch._check(
+        columns.dtype == torch.int32 and columns.dim() == 1 and outliers.dtype == torch.float16 and outliers.shape == shape,
+        lambda: f"linear_mixed: columns are {columns.dtype} {list(columns.shape)} and outliers {outliers.dtype} "
+        f"{list(outliers.shape)}, expected torch.int32 [columns] and torch.float16 {list(shape)}",
+    )
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], n))
+    if y.numel():
+        library.linear_mixed_pointers(
+            x.data_ptr(), codes.data_ptr(), scales.data_ptr(), _address(zeros), columns.data_ptr(), outliers.data_ptr(),
+            _address(bias), y.data_ptr(), count=columns.numel(), rows=y.numel() // n, bits=bits, group=group, n=n, k=k,
+            activation=activation, activation_range=static, threads=torch.get_num_threads(),
         )  # fmt: skip
     return y
 
@@ -78,6 +140,7 @@ def linear_experts_nbit(
 
 _CPU = {
     "linear_nbit": linear_nbit,
+    "linear_mixed": linear_mixed,
     "linear_experts_nbit": linear_experts_nbit,
     "embedding_nbit": embedding_nbit,
 }

@@ -1,5 +1,6 @@
 // The C interface: validation and error text. No exception crosses it: nothing below it throws.
 #include <cinttypes>
+#include <cmath>
 #include <cstdint>
 
 #include "dispatch.h"
@@ -86,38 +87,87 @@ int32_t check_matrix(const char* op, const char* what, int64_t rows, int64_t col
               columns);
 }
 
-// The dot product of a segment is an int32: |q - Z| * 127 * k must fit. Only a segment of a whole row can be too long.
-int32_t check_exactness(const char* op, const Matrix& w, int32_t activation) {
-  if (activation != QC_ACT_INT8_TOKEN || w.group != 0) return kOk;
-  const int64_t longest = INT32_MAX / (127 * largest_level(w.bits, w.zeros != nullptr));
+// The dot product of a segment is an int32: |q - Z| * |a| * k must fit. Only a segment of a whole row can be too long.
+int32_t check_exactness(const char* op, const Matrix& w, int32_t activation, bool full_range = false) {
+  if ((activation != QC_ACT_INT8_TOKEN && activation != QC_ACT_INT8_STATIC) || w.group != 0) return kOk;
+  const int64_t longest = INT32_MAX / ((full_range ? 128 : 127) * largest_level(w.bits, w.zeros != nullptr));
   if (w.k <= longest) return kOk;
   return fail(kInvalidArgument,
-              "%s: weight.k is %" PRId64 " with %" PRId32 " bits, one scale a row and int8 activations per token: the "
-              "sum may exceed int32, expected k <= %" PRId64 " (or int8 activations per block)",
+              "%s: weight.k is %" PRId64 " with %" PRId32 " bits, one scale a row and one scale for all of its int8 "
+              "activations: the sum may exceed int32, expected k <= %" PRId64 " (or int8 activations per block)",
               op, w.k, w.bits, longest);
 }
 
-int32_t linear(const qc_context* context, const qc_weight* weight, int32_t activation, int64_t rows, const float* x,
+int32_t check_range(const char* op, int32_t activation, const qc_activation_range* range, ActivationRange* out) {
+  if (activation != QC_ACT_INT8_STATIC) {
+    if (!range) return kOk;
+    return fail(kInvalidArgument, "%s: a static range is given and activation is %" PRId32 ", expected 3 (static int8)",
+                op, activation);
+  }
+  if (!range) return null_pointer(op, "range (of static int8 activations)");
+  if (!(range->scale > 0) || !std::isfinite(range->scale)) {
+    return fail(kInvalidArgument, "%s: range.scale is %g, expected a finite number above 0", op, double(range->scale));
+  }
+  if (!range->zero != !range->offset) {
+    return fail(kInvalidArgument, "%s: range.%s is given without range.%s, expected both or neither", op,
+                range->zero ? "zero" : "offset", range->zero ? "offset" : "zero");
+  }
+  *out = {range->scale, range->zero ? *range->zero : 0, range->zero ? -128 : -127, 127};
+  return kOk;
+}
+
+int32_t check_outliers(const char* op, const qc_outliers& outliers, int64_t k) {
+  if (outliers.count < 0 || outliers.count > k) {
+    return fail(kInvalidArgument, "%s: outliers.count is %" PRId64 ", expected 0 to k = %" PRId64, op, outliers.count, k);
+  }
+  if (!outliers.count) return kOk;
+  if (!outliers.columns) return null_pointer(op, "outliers.columns");
+  if (!outliers.weights) return null_pointer(op, "outliers.weights");
+  int64_t before = -1;
+  for (int64_t i = 0; i < outliers.count; ++i) {
+    const int64_t column = outliers.columns[i];
+    if (column < 0 || column >= k) {
+      return fail(kInvalidArgument, "%s: columns[%" PRId64 "] is %" PRId64 ", expected 0 <= column < k = %" PRId64, op, i,
+                  column, k);
+    }
+    if (column <= before) {
+      return fail(kInvalidArgument,
+                  "%s: columns[%" PRId64 "] is %" PRId64 " after %" PRId64 ", expected ascending columns, each once", op, i,
+                  column, before);
+    }
+    before = column;
+  }
+  return kOk;
+}
+
+int32_t linear(const char* op, const qc_context* context, const qc_weight* weight, int32_t activation,
+               const qc_activation_range* range, const qc_outliers* outliers, int64_t rows, const float* x,
                const float* bias, float* y) {
-  const char* op = "linear_nbit";
   Workers workers{};
   Matrix matrix{};
   const Kernels* kernels = nullptr;
   if (int32_t code = check_context(op, context, &workers, &kernels)) return code;
   if (int32_t code = check_weight(op, weight, &matrix)) return code;
-  if (activation != QC_ACT_FLOAT && activation != QC_ACT_INT8_TOKEN && activation != QC_ACT_INT8_BLOCK) {
+  if (activation < QC_ACT_FLOAT || activation > QC_ACT_INT8_STATIC) {
     return fail(kInvalidArgument,
-                "%s: activation is %" PRId32 ", expected 0 (float), 1 (int8 per token) or 2 (int8 per block)", op,
-                activation);
+                "%s: activation is %" PRId32 ", expected 0 (float), 1 (int8 per token), 2 (int8 per block) or 3 (static "
+                "int8)",
+                op, activation);
   }
-  if (int32_t code = check_exactness(op, matrix, activation)) return code;
+  ActivationRange levels{};
+  LinearExtras extras;
+  if (int32_t code = check_range(op, activation, range, &levels)) return code;
+  if (range) extras.range = &levels, extras.offset = range->offset;
+  if (outliers) extras.outliers = *outliers;
+  if (int32_t code = check_outliers(op, extras.outliers, matrix.k)) return code;
+  if (int32_t code = check_exactness(op, matrix, activation, levels.low < -127)) return code;
   if (rows < 0) return fail(kInvalidArgument, "%s: rows is %" PRId64 ", expected at least 0", op, rows);
   if (rows == 0) return kOk;
   if (int32_t code = check_matrix(op, "x", rows, matrix.k)) return code;
   if (int32_t code = check_matrix(op, "y", rows, matrix.n)) return code;
   if (!x) return null_pointer(op, "x");
   if (!y) return null_pointer(op, "y");
-  if (!run_linear(*kernels, workers, matrix, static_cast<qc_activation>(activation), rows, x, bias, y)) {
+  if (!run_linear(*kernels, workers, matrix, static_cast<qc_activation>(activation), rows, x, bias, y, extras)) {
     return fail(kOutOfMemory, "%s: no memory for the activations of k = %" PRId64, op, matrix.k);
   }
   return kOk;
@@ -202,9 +252,16 @@ int64_t qc_zeros_bytes(int64_t n, int64_t k, int32_t bits, int32_t group) {
   return qc::zeros_bytes(n, k, bits, group);
 }
 
-int32_t qc_linear_nbit(const qc_context* context, const qc_weight* weight, int32_t activation, int64_t rows,
-                       const float* x, const float* bias, float* y) {
-  return qc::linear(context, weight, activation, rows, x, bias, y);
+int32_t qc_linear_nbit(const qc_context* context, const qc_weight* weight, int32_t activation,
+                       const qc_activation_range* range, int64_t rows, const float* x, const float* bias, float* y) {
+  return qc::linear("linear_nbit", context, weight, activation, range, nullptr, rows, x, bias, y);
+}
+
+int32_t qc_linear_mixed(const qc_context* context, const qc_weight* weight, int32_t activation,
+                        const qc_activation_range* range, const qc_outliers* outliers, int64_t rows, const float* x,
+                        const float* bias, float* y) {
+  if (!outliers) return qc::null_pointer("linear_mixed", "outliers");
+  return qc::linear("linear_mixed", context, weight, activation, range, outliers, rows, x, bias, y);
 }
 
 int32_t qc_linear_experts_nbit(const qc_context* context, const qc_weight* weight, int64_t experts, int32_t activation,

@@ -16,6 +16,12 @@ struct Matrix {
   int64_t tiles, groups, tile_bytes;
 };
 
+// Static int8 activations: a = clamp(round_half_even(x / scale) + zero, low, high).
+struct ActivationRange {
+  float scale;
+  int32_t zero, low, high;
+};
+
 // One linear op on prepared activations. The row dimension is cut into blocks of `block_rows` rows (R below), padded
 // with zero rows; inside a block the rows lie side by side, so that a kernel reads its activations in one stream:
 //   int8   x[block][k / 4][R][4]   float  x[block][k][R]      k rounded up to 32 with zero activations
@@ -29,8 +35,14 @@ struct LinearJob {
   const void* x;
   const float* sa;       // int8 only
   const int32_t* sums;   // int8 only, [block][segment][R]: sum of a; symmetric: -(zero point, biased) * sum of a
+  const float* offset;   // [n], may be null: added before the bias
   const float* bias;     // may be null
   float* y;
+  bool full_range;       // int8 only: an activation may be -128; otherwise they lie in [-127, 127]
+  // Columns in float beside the packed product (none: outlier_count = 0).
+  int64_t outlier_count;
+  const uint16_t* outliers;  // fp16 [tiles][outlier_count][16]
+  const float* outlier_x;    // [rows][outlier_count]
 };
 
 // Computes the outputs of tiles [tile_begin, tile_end) for row blocks [block_begin, block_end), block by block: the tiles
@@ -40,8 +52,13 @@ using LinearFunction = void (*)(const LinearJob& job, int64_t tile_begin, int64_
 
 // Quantizes one row to int8: a[k], one scale per `block` columns in sa[ceil(k / block)], and the sum of a over every
 // `segment` columns in sums. False when an activation is not finite (a, sa and sums are then unspecified but in bounds).
-using QuantizeFunction = bool (*)(const float* x, int64_t k, int64_t block, int64_t segment, int8_t* a, float* sa,
-                                  int32_t* sums);
+// With a `range` (else null) nothing is measured: its scale and zero point hold for all columns.
+using QuantizeFunction = bool (*)(const float* x, int64_t k, int64_t block, int64_t segment,
+                                  const ActivationRange* range, int8_t* a, float* sa, int32_t* sums);
+
+// y += outlier_x . outliers^T for tiles and rows whose outputs are there: column by column, product and sum each rounded.
+using OutlierFunction = void (*)(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t row_begin,
+                                 int64_t row_end);
 
 struct Kernels {
   const char* name;
@@ -51,6 +68,7 @@ struct Kernels {
   QuantizeFunction quantize_row;
   LinearFunction linear_int8;
   LinearFunction linear_float;
+  OutlierFunction add_outliers;
 };
 
 extern const Kernels kGenericKernels;

@@ -44,10 +44,34 @@ class Parts {
   int64_t size_ = 0;
 };
 
+// A row without its outlier columns: those go to `gathered`, and a copy holds 0 in their place.
+struct OutlierSplit {
+  const qc_outliers& outliers;
+  int64_t k;
+  float* gathered;  // [rows][outliers.count]
+  float* copies;    // [pieces][k]
+
+  // The row to quantize; `finite` becomes false when one of the columns taken out is not.
+  const float* operator()(const float* row, int64_t index, int64_t piece, bool& finite) const {
+    if (!outliers.count) return row;
+    float* copy = copies + piece * k;
+    std::memcpy(copy, row, size_t(k) * sizeof(float));
+    for (int64_t j = 0; j < outliers.count; ++j) {
+      const int64_t column = outliers.columns[j];
+      finite = finite && std::isfinite(row[column]);
+      gathered[index * outliers.count + j] = row[column];
+      copy[column] = 0;
+    }
+    return copy;
+  }
+};
+
 struct Int8Preparation {
   const Kernels& kernels;
   const Matrix& weight;
   qc_activation activation;
+  const ActivationRange* range;
+  const OutlierSplit& split;
   const float* x;
   LinearJob& job;
   // One row's quantizer output, a set for every piece of preparation.
@@ -72,8 +96,8 @@ struct Int8Preparation {
       const int64_t source = block * R + r;
       bool finite = true;
       if (source < job.rows) {
-        finite = kernels.quantize_row(x + source * weight.k, weight.k, activation_block(), job.segment, row, row_sa,
-                                      row_sums);
+        const float* values = split(x + source * weight.k, source, piece, finite);
+        finite &= kernels.quantize_row(values, weight.k, activation_block(), job.segment, range, row, row_sa, row_sums);
         std::memset(row + weight.k, 0, size_t(padded_k - weight.k));
       } else {
         std::memset(rows_scratch + piece * rows_scratch_bytes, 0, size_t(rows_scratch_bytes));
@@ -96,18 +120,20 @@ struct Int8Preparation {
 
 struct FloatPreparation {
   const Matrix& weight;
+  const OutlierSplit& split;
   const float* x;
   LinearJob& job;
   int64_t padded_k;
 
-  void prepare(int64_t block) const {
+  void prepare(int64_t block, int64_t piece) const {
     const int64_t R = job.block_rows;
     float* packed = reinterpret_cast<float*>(static_cast<unsigned char*>(const_cast<void*>(job.x)) +
                                              block * job.x_block_bytes);
     std::memset(packed, 0, size_t(job.x_block_bytes));
     for (int64_t r = 0; r < R && block * R + r < job.rows; ++r) {
-      const float* row = x + (block * R + r) * weight.k;
-      if (!all_finite(row, weight.k)) {
+      bool finite = true;
+      const float* row = split(x + (block * R + r) * weight.k, block * R + r, piece, finite);
+      if (!finite || !all_finite(row, weight.k)) {
         for (int64_t k = 0; k < padded_k; ++k) packed[k * R + r] = std::numeric_limits<float>::quiet_NaN();
       } else if (R == 1) {
         std::memcpy(packed, row, size_t(weight.k) * sizeof(float));
@@ -128,8 +154,13 @@ struct FloatPreparation {
   }
 };
 
-// Cuts tiles (and, where those are few, row blocks) into pieces and runs the kernel on each.
-void run_pieces(const Workers& workers, LinearFunction kernel, const LinearJob& job) {
+// Cuts tiles (and, where those are few, row blocks) into pieces and runs the kernels on each.
+void run_pieces(const Workers& workers, const Kernels& kernels, LinearFunction product, const LinearJob& job) {
+  const auto kernel = [&](const LinearJob& job, int64_t tile, int64_t tile_end, int64_t block, int64_t block_end) {
+    product(job, tile, tile_end, block, block_end);
+    if (!job.outlier_count) return;
+    kernels.add_outliers(job, tile, tile_end, block * job.block_rows, std::min(block_end * job.block_rows, job.rows));
+  };
   const Matrix& w = job.weight;
   const int64_t blocks = ceil_div(job.rows, job.block_rows);
   if (stays_on_caller(w, job.rows)) {
@@ -151,7 +182,7 @@ void run_pieces(const Workers& workers, LinearFunction kernel, const LinearJob& 
 
 // Prepares and computes up to a sweep's worth of rows.
 bool run_sweep(const Kernels& kernels, const Workers& workers, const Matrix& weight, qc_activation activation,
-               int64_t rows, const float* x, const float* bias, float* y) {
+               int64_t rows, const float* x, const float* bias, float* y, const LinearExtras& extras) {
   const bool integer = activation != QC_ACT_FLOAT;
   const int64_t padded_k = ceil_div(weight.k, kChunk) * kChunk;
 
@@ -164,8 +195,12 @@ bool run_sweep(const Kernels& kernels, const Workers& workers, const Matrix& wei
   job.segment = weight.group ? weight.group : activation == QC_ACT_INT8_BLOCK ? kActivationBlock : weight.k;
   job.segments = ceil_div(weight.k, job.segment);
   job.groups_per_segment = weight.group ? 1 : 0;
+  job.offset = extras.offset;
   job.bias = bias;
   job.y = y;
+  job.full_range = extras.range && extras.range->low < -127;
+  job.outlier_count = extras.outliers.count;
+  job.outliers = extras.outliers.weights;
 
   const bool prepare_in_parallel = rows * weight.k >= kPrepareElements;
   const int64_t prepare_pieces = prepare_in_parallel ? std::min<int64_t>(blocks, 4 * int64_t(workers.threads)) : 1;
@@ -176,11 +211,16 @@ bool run_sweep(const Kernels& kernels, const Workers& workers, const Matrix& wei
   const int64_t sa_at = parts.add(integer ? values * 4 : 0);
   const int64_t sums_at = parts.add(integer ? values * 4 : 0);
   const int64_t rows_at = parts.add(integer ? prepare_pieces * row_bytes : 0);
+  const int64_t gathered_at = parts.add(rows * job.outlier_count * int64_t(sizeof(float)));
+  const int64_t copies_at = parts.add(job.outlier_count ? prepare_pieces * weight.k * int64_t(sizeof(float)) : 0);
   const ScratchLease lease(parts.size());
   if (!lease.data()) return false;
   job.x = lease.data() + x_at;
   job.sa = reinterpret_cast<const float*>(lease.data() + sa_at);
   job.sums = reinterpret_cast<const int32_t*>(lease.data() + sums_at);
+  const OutlierSplit split{extras.outliers, weight.k, reinterpret_cast<float*>(lease.data() + gathered_at),
+                           reinterpret_cast<float*>(lease.data() + copies_at)};
+  job.outlier_x = split.gathered;
 
   const int64_t blocks_per_piece = ceil_div(blocks, prepare_pieces);
   const auto prepare_all = [&](auto&& prepare) {
@@ -190,13 +230,14 @@ bool run_sweep(const Kernels& kernels, const Workers& workers, const Matrix& wei
     });
   };
   if (integer) {
-    const Int8Preparation preparation{kernels, weight, activation, x, job, lease.data() + rows_at, row_bytes, padded_k};
+    const Int8Preparation preparation{kernels, weight, activation, extras.range,           split,
+                                      x,       job,    lease.data() + rows_at, row_bytes, padded_k};
     prepare_all([&](int64_t block, int64_t piece) { preparation.prepare(block, piece); });
   } else {
-    const FloatPreparation preparation{weight, x, job, padded_k};
-    prepare_all([&](int64_t block, int64_t) { preparation.prepare(block); });
+    const FloatPreparation preparation{weight, split, x, job, padded_k};
+    prepare_all([&](int64_t block, int64_t piece) { preparation.prepare(block, piece); });
   }
-  run_pieces(workers, integer ? kernels.linear_int8 : kernels.linear_float, job);
+  run_pieces(workers, kernels, integer ? kernels.linear_int8 : kernels.linear_float, job);
   return true;
 }
 
@@ -208,13 +249,13 @@ bool stays_on_caller(const Matrix& weight, int64_t rows) {
 }
 
 bool run_linear(const Kernels& kernels, const Workers& workers, const Matrix& weight, qc_activation activation,
-                int64_t rows, const float* x, const float* bias, float* y) {
+                int64_t rows, const float* x, const float* bias, float* y, const LinearExtras& extras) {
   // Prepared activations of a sweep stay in the cache; more rows take another sweep over the weights.
   const int64_t row_bytes = weight.k * (activation == QC_ACT_FLOAT ? int64_t(sizeof(float)) : 1);
   const int64_t sweep = std::clamp<int64_t>(kActivationBytes / row_bytes / 48 * 48, 96, 1536);
   for (int64_t begin = 0; begin < rows; begin += sweep) {
     if (!run_sweep(kernels, workers, weight, activation, std::min(sweep, rows - begin), x + begin * weight.k, bias,
-                   y + begin * weight.n)) {
+                   y + begin * weight.n, extras)) {
       return false;
     }
   }

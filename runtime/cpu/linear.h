@@ -24,9 +24,16 @@ struct Workers {
   }
 };
 
+// What a linear op may have besides a weight, activations and a bias.
+struct LinearExtras {
+  const ActivationRange* range = nullptr;  // of static int8 activations
+  const float* offset = nullptr;           // [n], added before the bias
+  qc_outliers outliers{};                  // count 0: none
+};
+
 // False when memory ran out.
 bool run_linear(const Kernels& kernels, const Workers& workers, const Matrix& weight, qc_activation activation,
-                int64_t rows, const float* x, const float* bias, float* y);
+                int64_t rows, const float* x, const float* bias, float* y, const LinearExtras& extras = {});
 
 // Whether run_linear would cut this into no pieces: a small matrix, few products.
 bool stays_on_caller(const Matrix& weight, int64_t rows);

@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 // Bumped when a signature or a struct below changes; the Python side refuses any other.
-#define QC_ABI_VERSION 1
+#define QC_ABI_VERSION 2
 // The packed layout that these kernels read; carried by every op as attribute `layout_version`.
 #define QC_LAYOUT_VERSION 1
 
@@ -28,8 +28,29 @@ extern "C" {
 enum qc_activation {
   QC_ACT_FLOAT = 0,       // stay fp32
   QC_ACT_INT8_TOKEN = 1,  // symmetric int8, one fp32 scale a row (token):   absmax / 127, round half to even
-  QC_ACT_INT8_BLOCK = 2   // the same, one scale per 128 consecutive inputs of a row (the last block may be short)
+  QC_ACT_INT8_BLOCK = 2,  // the same, one scale per 128 consecutive inputs of a row (the last block may be short)
+  QC_ACT_INT8_STATIC = 3  // int8 with a scale and a zero point that are given, see qc_activation_range
 };
+
+// The range of static int8 activations: a = clamp(round_half_even(x / scale) + Z), x ~ scale * (a - Z).
+//   scale   finite and above 0
+//   zero    Z, and a in [-128, 127]; null: Z = 0 and a in [-127, 127]
+//   offset  [n], -scale * Z * sum over k of W[n, k]: what the product with a instead of a - Z is off by. Given where
+//           zero is, null where it is null.
+typedef struct qc_activation_range {
+  float scale;
+  const int8_t* zero;
+  const float* offset;
+} qc_activation_range;
+
+// Columns of x that stay in float beside a packed product.
+//   columns  [count], ascending, each once, in [0, k)
+//   weights  fp16, [tiles, count, 16]: 16 rows of a tile side by side, like the scales of a packed weight
+typedef struct qc_outliers {
+  int64_t count;
+  const int32_t* columns;
+  const uint16_t* weights;
+} qc_outliers;
 
 // A packed affine weight matrix W[n, k], W = S * (q - Z).
 //   bits      8, 4, 3, 2
@@ -74,9 +95,16 @@ QC_EXPORT int64_t qc_zeros_bytes(int64_t n, int64_t k, int32_t bits, int32_t gro
 
 // y[rows, n] = x[rows, k] . W^T (+ bias[n]); x, y, bias fp32, row-major, contiguous; bias may be null.
 // Bit-equal for every ISA, every number of threads and every number of rows (a row's result never depends on the
-// others). Order of operations per output: docs/layout.md, "Arithmetic".
-QC_EXPORT int32_t qc_linear_nbit(const qc_context* context, const qc_weight* weight, int32_t activation, int64_t rows,
-                                 const float* x, const float* bias, float* y);
+// others). Order of operations per output: docs/layout.md, "Arithmetic". `range` is that of static int8 activations, and
+// null with any other.
+QC_EXPORT int32_t qc_linear_nbit(const qc_context* context, const qc_weight* weight, int32_t activation,
+                                 const qc_activation_range* range, int64_t rows, const float* x, const float* bias,
+                                 float* y);
+
+// y = qc_linear_nbit of x with the outlier columns set to 0, + x[:, columns] . outliers^T.
+QC_EXPORT int32_t qc_linear_mixed(const qc_context* context, const qc_weight* weight, int32_t activation,
+                                  const qc_activation_range* range, const qc_outliers* outliers, int64_t rows,
+                                  const float* x, const float* bias, float* y);
 
 // y[rows, n]: row i of x[rows, k] times the matrix of expert[i] (+ bias[expert[i], n]). `weight` describes one matrix; `experts`
 // of them lie one after another in each of its tensors, every one padded to its own tiles. An index outside [0, experts) is

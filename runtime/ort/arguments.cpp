@@ -9,6 +9,8 @@ const char* type_text(int type) {
   switch (type) {
     case kFloat: return "float";
     case kUint8: return "uint8";
+    case kInt8: return "int8";
+    case kInt32: return "int32";
     case kInt64: return "int64";
     case kFloat16: return "float16";
     default: return "another type";
@@ -16,12 +18,6 @@ const char* type_text(int type) {
 }
 
 std::string name_text(const InputName& input) { return "input " + std::to_string(input.index) + " (" + input.name + ")"; }
-
-void expect(const InputName& input, const Tensor& found, int type, const Shape& shape, const std::string& because) {
-  if (found.type == type && found.shape == shape) return;
-  throw Failure{kInvalidArgument, name_text(input) + " is " + type_text(found.type) + " " + text(found.shape) + ", expected " +
-                                      type_text(type) + " " + text(shape) + because};
-}
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -37,6 +33,12 @@ const OrtValue* constant_input(const Api& api, const OrtKernelInfo* info, size_t
 }
 
 }  // namespace
+
+void expect(const InputName& input, const Tensor& found, int type, const Shape& shape, const std::string& because) {
+  if (found.type == type && found.shape == shape) return;
+  throw Failure{kInvalidArgument, name_text(input) + " is " + type_text(found.type) + " " + text(found.shape) + ", expected " +
+                                      type_text(type) + " " + text(shape) + because};
+}
 
 std::string text(const Shape& shape) {
   std::string out = "[";
@@ -171,6 +173,44 @@ qc_weight Weight::resolve(const Api& api, const OrtKernelContext* context) const
   out.scales = static_cast<const uint16_t*>(data[kScales]);
   out.zeros = static_cast<const uint8_t*>(data[kZeros]);
   return out;
+}
+
+// ---- activations
+
+Activations::Activations(const Api& api, const OrtKernelInfo* info, size_t first, int64_t n)
+    : n_(n), first_(first), kind_(static_cast<int32_t>(int_attribute(api, info, "activation"))) {
+  if (kind_ < QC_ACT_FLOAT || kind_ > QC_ACT_INT8_STATIC)
+    throw Failure{kInvalidGraph, "attribute 'activation' is " + std::to_string(kind_) +
+                                     ", expected 0 (float), 1 (int8 per token), 2 (int8 per block of 128) or 3 (static int8)"};
+  for (int part = kScale; part < kParts; ++part)
+    if (const OrtValue* value = constant_input(api, info, first_ + part))
+      constant_[part] = checked(static_cast<Part>(part), tensor(api, value));
+}
+
+const void* Activations::checked(Part part, const Tensor& found) const {
+  static constexpr const char* kNames[] = {"activation_scale", "activation_zero", "activation_offset"};
+  const Shape shape{part == kOffset ? n_ : 1};
+  expect({first_ + part, kNames[part]}, found, part == kZero ? kInt8 : kFloat, shape, "");
+  return found.data;
+}
+
+const qc_activation_range* Activations::resolve(const Api& api, const OrtKernelContext* context,
+                                                qc_activation_range& range) const {
+  const void* data[kParts];
+  for (int part = kScale; part < kParts; ++part) {
+    data[part] = constant_[part];
+    if (data[part] != nullptr) continue;
+    const OrtValue* value = find_input(api, context, first_ + part);
+    if (value != nullptr) data[part] = checked(static_cast<Part>(part), tensor(api, value));
+  }
+  if (data[kScale] == nullptr) {
+    if (kind_ == QC_ACT_INT8_STATIC || data[kZero] != nullptr || data[kOffset] != nullptr)
+      throw Failure{kInvalidArgument, name_text({first_, "activation_scale"}) + " is missing"};
+    return nullptr;
+  }
+  range = {*static_cast<const float*>(data[kScale]), static_cast<const int8_t*>(data[kZero]),
+           static_cast<const float*>(data[kOffset])};
+  return &range;
 }
 
 // ---- bias

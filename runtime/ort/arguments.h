@@ -34,6 +34,9 @@ Tensor required_input(const Api& api, const OrtKernelContext* context, InputName
 
 std::string text(const Shape& shape);
 
+// Throws unless the input is of this type and shape; `because` ends the message.
+void expect(const InputName& input, const Tensor& found, int type, const Shape& shape, const std::string& because);
+
 // "LinearNBit node '/model/layers.0/mlp/up_proj'".
 std::string node_text(const Api& api, const OrtKernelInfo* info, const char* op);
 
@@ -58,6 +61,28 @@ class Weight {
   qc_weight description_{};
   size_t first_;
   int64_t matrices_;
+  const void* constant_[kParts] = {};
+};
+
+// The attribute `activation` and the inputs activation_scale, activation_zero and activation_offset, likewise.
+class Activations {
+ public:
+  // `first` is the input index of activation_scale; the others follow it.
+  Activations(const Api& api, const OrtKernelInfo* info, size_t first, int64_t n);
+
+  int32_t kind() const { return kind_; }
+
+  // `range` filled in and its address, or null where the node has none.
+  const qc_activation_range* resolve(const Api& api, const OrtKernelContext* context, qc_activation_range& range) const;
+
+ private:
+  enum Part { kScale, kZero, kOffset, kParts };
+
+  const void* checked(Part part, const Tensor& found) const;
+
+  int64_t n_;
+  size_t first_;
+  int32_t kind_;
   const void* constant_[kParts] = {};
 };
 

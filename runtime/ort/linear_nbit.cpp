@@ -1,4 +1,5 @@
-// LinearNBit: Y[..., n] = X[..., k] . W^T (+ bias), W packed.
+// LinearNBit:  Y[..., n] = X[..., k] . W^T (+ bias), W packed.
+// LinearMixed: the same without the outlier columns of X, which meet float weights: + X[..., columns] . outliers^T.
 #include <atomic>
 
 #include "arguments.h"
@@ -16,17 +17,42 @@ constexpr OpInput kInputs[] = {
     {kFloat16, kRequired},  // scales
     {kUint8, kOptional},    // zeros
     {kFloat, kOptional},    // bias
+    {kFloat, kOptional},    // activation_scale
+    {kInt8, kOptional},     // activation_zero
+    {kFloat, kOptional},    // activation_offset
 };
 
-class LinearNBit final : public Kernel {
+constexpr OpInput kMixedInputs[] = {
+    {kFloat, kRequired},    // X
+    {kUint8, kRequired},    // codes
+    {kFloat16, kRequired},  // scales
+    {kUint8, kOptional},    // zeros
+    {kInt32, kRequired},    // columns
+    {kFloat16, kRequired},  // outliers
+    {kFloat, kOptional},    // bias
+    {kFloat, kOptional},    // activation_scale
+    {kInt8, kOptional},     // activation_zero
+    {kFloat, kOptional},    // activation_offset
+};
+
+// The columns and their float weights, of inputs `first` and the one after it.
+qc_outliers resolve_outliers(const Api& api, const OrtKernelContext* context, size_t first, int64_t n) {
+  const InputName columns_name{first, "columns"}, weights_name{first + 1, "outliers"};
+  const Tensor columns = required_input(api, context, columns_name);
+  const Tensor weights = required_input(api, context, weights_name);
+  const int64_t count = columns.shape.size() == 1 ? columns.shape[0] : 0;
+  expect(columns_name, columns, kInt32, {count}, " (one dimension)");
+  expect(weights_name, weights, kFloat16, {(n + 15) / 16, count, 16}, " (n " + std::to_string(n) + ")");
+  return {count, static_cast<const int32_t*>(columns.data), static_cast<const uint16_t*>(weights.data)};
+}
+
+template <bool Mixed>
+class Linear final : public Kernel {
  public:
-  LinearNBit(const Api& api, const OrtKernelInfo* info) : weight_(api, info, 1), bias_(api, info, 4, weight_.n()) {
-    const int64_t activation = int_attribute(api, info, "activation");
-    if (activation < QC_ACT_FLOAT || activation > QC_ACT_INT8_BLOCK)
-      throw Failure{kInvalidGraph, "attribute 'activation' is " + std::to_string(activation) +
-                                       ", expected 0 (float), 1 (int8 per token) or 2 (int8 per block of 128)"};
-    activation_ = static_cast<int32_t>(activation);
-  }
+  Linear(const Api& api, const OrtKernelInfo* info)
+      : weight_(api, info, 1),
+        activations_(api, info, Mixed ? 7 : 5, weight_.n()),
+        bias_(api, info, Mixed ? 6 : 4, weight_.n()) {}
 
   void compute(const Api& api, OrtKernelContext* context) const override {
     const Tensor x = required_input(api, context, {0, "X"});
@@ -35,6 +61,10 @@ class LinearNBit final : public Kernel {
                                           std::to_string(weight_.k()) + "]"};
     const qc_weight weight = weight_.resolve(api, context);
     const float* bias = bias_.resolve(api, context);
+    qc_activation_range storage{};
+    const qc_activation_range* range = activations_.resolve(api, context, storage);
+    qc_outliers outliers{};
+    if (Mixed) outliers = resolve_outliers(api, context, 4, weight.n);
 
     Shape shape = x.shape;
     shape.back() = weight.n;
@@ -50,24 +80,31 @@ class LinearNBit final : public Kernel {
     last_codes.store(weight.codes, std::memory_order_relaxed);
     SessionPool pool(api, context);
     const qc_context where = pool.context();
-    if (qc_linear_nbit(&where, &weight, activation_, rows, static_cast<const float*>(x.data), bias,
-                       static_cast<float*>(y)) != 0)
-      throw Failure{kFail, qc_last_error()};
+    const float* in = static_cast<const float*>(x.data);
+    float* out = static_cast<float*>(y);
+    const int32_t kind = activations_.kind();
+    const int32_t code = Mixed ? qc_linear_mixed(&where, &weight, kind, range, &outliers, rows, in, bias, out)
+                               : qc_linear_nbit(&where, &weight, kind, range, rows, in, bias, out);
+    if (code != 0) throw Failure{kFail, qc_last_error()};
   }
 
  private:
   Weight weight_;
+  Activations activations_;
   Bias bias_;
-  int32_t activation_;
 };
+
+template <bool Mixed>
+std::unique_ptr<Kernel> create(const Api& api, const OrtKernelInfo* info) {
+  return std::make_unique<Linear<Mixed>>(api, info);
+}
 
 }  // namespace
 
-const OpDescription kLinearNBit = {
-    "LinearNBit", kInputs, sizeof(kInputs) / sizeof(kInputs[0]), "n", true,
-    [](const Api& api, const OrtKernelInfo* info) -> std::unique_ptr<Kernel> {
-      return std::make_unique<LinearNBit>(api, info);
-    }};
+const OpDescription kLinearNBit = {"LinearNBit", kInputs, sizeof(kInputs) / sizeof(kInputs[0]), "n", true, create<false>};
+
+const OpDescription kLinearMixed = {
+    "LinearMixed", kMixedInputs, sizeof(kMixedInputs) / sizeof(kMixedInputs[0]), "n", true, create<true>};
 
 }  // namespace qc::ort
 

@@ -33,6 +33,7 @@ struct OpDescription {
 };
 
 extern const OpDescription kLinearNBit;
+extern const OpDescription kLinearMixed;
 extern const OpDescription kEmbeddingNBit;
 extern const OpDescription kLinearExpertsNBit;
 

@@ -40,6 +40,8 @@ enum ElementType : int {
   kUndefined = 0,
   kFloat = 1,
   kUint8 = 2,
+  kInt8 = 3,
+  kInt32 = 6,
   kInt64 = 7,
   kFloat16 = 10,
 };

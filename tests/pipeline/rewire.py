@@ -13,6 +13,7 @@ import torch
 
 from qcompiler.artifact.manifest import seal
 from qcompiler.ops.formats import Activation
+from qcompiler.ops.linear_nbit import LINEAR_NBIT
 from qcompiler.ops.torch_ops import overload
 
 
@@ -44,7 +45,8 @@ def float_module(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     for node in module.graph.nodes:
         if node.target is overload("linear_nbit"):
             arguments = list(node.args)
-            arguments[9] = int(Activation.FLOAT)
+            at = len(LINEAR_NBIT.inputs) + LINEAR_NBIT.attributes.index("activation")
+            arguments[at] = int(Activation.FLOAT)
             node.args = tuple(arguments)
     module.recompile()
     return module

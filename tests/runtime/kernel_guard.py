@@ -31,6 +31,9 @@ def sweep(library: Library, shapes: list[tuple[int, int, int]]) -> int:
             bias = rng.normal(size=n).astype(np.float32)
             indices = [0, n - 1]
             row = library.embedding(weight, indices)
+            columns = np.unique([0, k // 2, k - 1])
+            outliers = rng.normal(size=(n, len(columns))).astype(np.float16)
+            both = library.linear(weight, x, form.activation, bias, columns=columns, outliers=outliers)
             for isa in library.isas:
                 want = library.linear(weight, x, form.activation, bias, isa=isa)
                 for at_end in (True, False):
@@ -38,7 +41,11 @@ def sweep(library: Library, shapes: list[tuple[int, int, int]]) -> int:
                     assert got.tobytes() == want.tobytes(), (str(form), n, k, rows, isa)
                     got = library.embedding(weight, indices, isa=isa, place=GuardedMemory(at_end))
                     assert got.tobytes() == row.tobytes(), (str(form), n, k, isa)
-                    calls += 2
+                    got = library.linear(
+                        weight, x, form.activation, bias, columns=columns, outliers=outliers, isa=isa, place=GuardedMemory(at_end)
+                    )  # fmt: skip
+                    assert got.tobytes() == both.tobytes(), (str(form), n, k, rows, isa, "mixed")
+                    calls += 3
     return calls
 
 

@@ -7,7 +7,7 @@ import pathlib
 
 import numpy as np
 
-from tests.runtime.kernel_oracle import Weight
+from tests.runtime.kernel_oracle import INT8_STATIC, STATIC_SCALE, STATIC_ZERO, Weight, static_offset
 
 PARALLEL_FOR = ctypes.c_void_p
 
@@ -31,6 +31,14 @@ class QcContext(ctypes.Structure):
         ("threads", ctypes.c_int32),
         ("isa", ctypes.c_char_p),
     ]
+
+
+class QcRange(ctypes.Structure):
+    _fields_ = [("scale", ctypes.c_float), ("zero", ctypes.c_void_p), ("offset", ctypes.c_void_p)]
+
+
+class QcOutliers(ctypes.Structure):
+    _fields_ = [("count", ctypes.c_int64), ("columns", ctypes.c_void_p), ("weights", ctypes.c_void_p)]
 
 
 class KernelError(Exception):
@@ -64,7 +72,8 @@ class Library:
         }.items():
             getattr(c, name).restype = i64
             getattr(c, name).argtypes = arguments
-        c.qc_linear_nbit.argtypes = [pointer, pointer, i32, i64, pointer, pointer, pointer]
+        c.qc_linear_nbit.argtypes = [pointer, pointer, i32, pointer, i64, pointer, pointer, pointer]
+        c.qc_linear_mixed.argtypes = [pointer, pointer, i32, pointer, pointer, i64, pointer, pointer, pointer]
         c.qc_embedding_nbit.argtypes = [pointer, pointer, i64, pointer, pointer]
         c.qc_pool_set_threads.argtypes = [i32]
         self.isas = c.qc_isas().decode().split(",")
@@ -82,20 +91,37 @@ class Library:
         if code:
             raise KernelError(self.c.qc_last_error().decode())
 
-    def linear(self, weight, x, activation, bias=None, *, isa=None, threads=1, place=np.array) -> np.ndarray:
-        """y, which lies in memory of `place` too and is filled with a pattern beforehand."""
+    def linear(
+        self, weight, x, activation, bias=None, *, columns=None, outliers=None, isa=None, threads=1, place=np.array
+    ) -> np.ndarray:
+        """y, which lies in memory of `place` too and is filled with a pattern beforehand. With `columns`: linear_mixed.
+
+        Static activations have the oracle's scale and zero point.
+        """
         description, keep = self.describe(weight, place)
+        static = None
+        if activation == INT8_STATIC:
+            keep += [place(np.array([STATIC_ZERO], np.int8)), place(static_offset(weight))]
+            static = QcRange(STATIC_SCALE, *map(_address, keep[-2:]))
+        taken = None
+        if columns is not None:
+            tiled = np.zeros((-(-weight.shape[0] // 16) * 16, len(columns)), np.float16)
+            tiled[: weight.shape[0]] = outliers
+            tiled = np.ascontiguousarray(tiled.reshape(-1, 16, len(columns)).transpose(0, 2, 1))
+            keep += [place(np.asarray(columns, np.int32)), place(tiled)]
+            taken = QcOutliers(len(columns), *map(_address, keep[-2:]))
         rows, n = x.shape[0], weight.shape[0]
         x = place(x)
         bias = None if bias is None else place(bias)
         y = place(np.full((rows, n), -7.0, np.float32))
         context = self.context(isa, threads)
-        self.check(
-            self.c.qc_linear_nbit(
-                ctypes.addressof(context), ctypes.addressof(description), activation, rows,
-                _address(x), _address(bias), _address(y),
-            )
-        )  # fmt: skip
+        before = [ctypes.addressof(context), ctypes.addressof(description), activation]
+        before.append(ctypes.addressof(static) if static else None)
+        after = (rows, _address(x), _address(bias), _address(y))
+        if taken is None:
+            self.check(self.c.qc_linear_nbit(*before, *after))
+        else:
+            self.check(self.c.qc_linear_mixed(*before, ctypes.addressof(taken), *after))
         del keep
         return y
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FLOAT, INT8_TOKEN, INT8_BLOCK = 0, 1, 2
+FLOAT, INT8_TOKEN, INT8_BLOCK, INT8_STATIC = 0, 1, 2, 3
 BITS = (8, 4, 3, 2)
 GROUPS = (32, 64, 128, 0)
-ACTIVATIONS = (FLOAT, INT8_TOKEN, INT8_BLOCK)
+ACTIVATIONS = (FLOAT, INT8_TOKEN, INT8_BLOCK, INT8_STATIC)
+STATIC_SCALE, STATIC_ZERO = np.float32(0.037), -37
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Format:
 
     def __str__(self) -> str:
         zero = "asym" if self.asymmetric else "sym"
-        return f"int{self.bits}-{zero}-g{self.group}-{('float', 'token', 'block')[self.activation]}"
+        return f"int{self.bits}-{zero}-g{self.group}-{('float', 'token', 'block', 'static')[self.activation]}"
 
 
 FORMATS = [Format(b, g, z, a) for b, g, z, a in itertools.product(BITS, GROUPS, (False, True), ACTIVATIONS)]
@@ -139,6 +140,35 @@ def quantize(x: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
     return a, scales
 
 
+def static_levels(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return np.clip(np.rint(x / STATIC_SCALE) + np.float32(STATIC_ZERO), -128, 127).astype(np.int64)
+
+
+def static_offset(weight: Weight) -> np.ndarray:
+    """What a product with levels that are all the zero point gives, taken off."""
+    n, k = weight.shape
+    level = weight.q - weight.spread(weight.zero)
+    acc, width = np.zeros(n, np.float32), weight.group or k
+    for group in range(weight.scale.shape[1]):
+        dot = STATIC_ZERO * level[:, group * width : (group + 1) * width].sum(axis=1)
+        acc = fma32(dot.astype(np.float32), weight.scale[:, group].astype(np.float32) * STATIC_SCALE, acc)
+    return np.float32(0) - acc
+
+
+def mixed(
+    weight: Weight, columns: np.ndarray, outliers: np.ndarray, x: np.ndarray, activation: int, bias: np.ndarray | None
+) -> np.ndarray:
+    """The columns (their float16 weights `[n, columns]`) beside the product of the others, to the bit."""
+    rest = x.copy()
+    rest[:, columns] = 0
+    y = linear(weight, rest, activation, bias)
+    for j, column in enumerate(columns):
+        y = y + x[:, column, None] * outliers[None, :, j].astype(np.float32)
+    y[~np.isfinite(x).all(axis=1)] = np.nan
+    return y
+
+
 def linear(weight: Weight, x: np.ndarray, activation: int, bias: np.ndarray | None) -> np.ndarray:
     """The result to the bit."""
     n, k = weight.shape
@@ -159,6 +189,8 @@ def linear(weight: Weight, x: np.ndarray, activation: int, bias: np.ndarray | No
     else:
         block = 128 if activation == INT8_BLOCK else k
         a, sa = quantize(x, block)
+        if activation == INT8_STATIC:
+            a, sa = static_levels(x), np.full((rows, 1), STATIC_SCALE)
         segment = min(weight.group or k, block)
         for s, begin in enumerate(range(0, k, segment)):
             dot = a[:, begin : begin + segment] @ level[:, begin : begin + segment].T
@@ -166,6 +198,8 @@ def linear(weight: Weight, x: np.ndarray, activation: int, bias: np.ndarray | No
             group = s if weight.group else 0
             scale = weight.scale[None, :, group].astype(np.float32) * sa[:, begin // block, None]
             acc = fma32(dot.astype(np.float32), np.broadcast_to(scale, acc.shape), acc)
+    if activation == INT8_STATIC:
+        acc = acc + static_offset(weight)
     y = acc if bias is None else acc + bias
     y[bad] = np.nan
     return y

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.runtime import kernel_oracle as oracle
-from tests.runtime.kernel_library import KernelError, Library, QcContext, QcWeight, find_library
-from tests.runtime.kernel_oracle import FLOAT, FORMATS, INT8_BLOCK, INT8_TOKEN, Format, make_weight
+from tests.runtime.kernel_library import KernelError, Library, QcContext, QcRange, QcWeight, find_library
+from tests.runtime.kernel_oracle import FLOAT, FORMATS, INT8_BLOCK, INT8_STATIC, INT8_TOKEN, Format, make_weight
 
 ROOT = pathlib.Path(__file__).parents[2]
 PATH = find_library()
@@ -99,9 +99,12 @@ def test_generic_is_the_oracle(form):
         weight, x, bias = case(form, n, k, (1, 2, 5)[seed % 3], seed, extreme=seed % 4 == 3, bias=seed % 2 == 0)
         y = run(form, "generic", weight, x, bias)
         assert_same_bits(y, oracle.linear(weight, x, form.activation, bias), form, n, k)
-        exact = x.astype(np.float64) @ weight.dense().T + (0 if bias is None else bias)
         size = np.abs(x).max(axis=1, keepdims=True) * np.abs(weight.dense()).sum(axis=1)
         bound = 1e-6 * (k + 8) if form.activation == FLOAT else 0.5 / 127 + 1e-5
+        if form.activation == INT8_STATIC:  # rounded as asked for, beyond that exact
+            x = oracle.STATIC_SCALE.astype(np.float64) * (oracle.static_levels(x) - oracle.STATIC_ZERO)
+            size, bound = 256 * oracle.STATIC_SCALE * np.abs(weight.dense()).sum(axis=1), 1e-6 * (k / 32 + 8)
+        exact = x.astype(np.float64) @ weight.dense().T + (0 if bias is None else bias)
         assert (np.abs(y - exact) <= bound * size + 1e-6).all(), (n, k)
 
 
@@ -207,24 +210,28 @@ def test_special_activations(form):
         assert np.array_equal(y[0], bias) and np.array_equal(y[5], bias)
 
 
-def test_longest_exact_rows():
+@pytest.mark.parametrize("activation", [INT8_TOKEN, INT8_STATIC])
+def test_longest_exact_rows(activation):
     """The largest k for which a whole row's integer sum fits int32, at its largest magnitude."""
-    form = Format(8, 0, True, INT8_TOKEN)
-    k = (2**31 - 1) // (127 * 255)
+    form = Format(8, 0, True, activation)
+    k = (2**31 - 1) // ((128 if activation == INT8_STATIC else 127) * 255)
     q, zero = np.full((2, k), 127), np.full((2, 1), -128)
     q[1], zero[1] = -128, 127
     scale = np.full((2, 1), 0.01, np.float16)
     scales = np.zeros(16, np.float16)
     scales[:2] = 0.01
     weight = oracle.Weight(8, 0, q, scale, zero, oracle.pack_codes(q, 8), scales, oracle.pack_zeros(zero, 8))
-    x = np.ones((2, k), np.float32)
-    want = oracle.linear(weight, x, INT8_TOKEN, None)
-    assert want[0, 0] > 0 > want[0, 1]
+    # static: -128, and the sign of the sums turned
+    x = np.full((2, k), -1000 if activation == INT8_STATIC else 1, np.float32)
+    want = oracle.linear(weight, x, activation, None)
+    assert min(want[0]) < 0 < max(want[0])
     for isa in ISAS:
         assert_same_bits(run(form, isa, weight, x), want, isa)
     longer = QcWeight(2, k + 1, 8, 0, weight.codes.ctypes.data, scales.ctypes.data, weight.zeros.ctypes.data)
-    assert f"k is {k + 1}" in error_of(longer, activation=INT8_TOKEN)
-    assert f"k <= {k}" in error_of(longer, activation=INT8_TOKEN)
+    zero, offset = np.array([-37], np.int8), np.zeros(2, np.float32)
+    range_ = QcRange(1, zero.ctypes.data, offset.ctypes.data) if activation == INT8_STATIC else None
+    text = error_of(longer, activation=activation, range_=range_)
+    assert f"k is {k + 1}" in text and f"k <= {k}" in text
 
 
 # ── Threads ──
@@ -301,7 +308,7 @@ def test_no_access_beyond_any_buffer(mode):
     result = child([GUARD, str(PATH), mode])
     assert result.returncode == 0, result.stderr
     shapes = 250 if mode == "full" else 7
-    assert result.stdout.strip() == f"{len(FORMATS) * shapes * len(ISAS) * 4} calls"
+    assert result.stdout.strip() == f"{len(FORMATS) * shapes * len(ISAS) * 6} calls"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect through ctypes")
@@ -312,14 +319,17 @@ def test_the_guard_catches_a_read_too_far():
 # ── Errors ──
 
 
-def error_of(weight, *, activation=FLOAT, rows=1, x=True, y=True, context=None, indices=None) -> str:
+def error_of(
+    weight, *, activation=FLOAT, range_=None, rows=1, x=True, y=True, context=None, indices=None
+) -> str:
     values = np.zeros(1 << 18, np.float32)
     address = values.ctypes.data
     context = ctypes.addressof(context) if context else None
     weight = ctypes.addressof(weight) if weight else None
     if indices is None:
         x, y = (address if given else None for given in (x, y))
-        code = LIBRARY.c.qc_linear_nbit(context, weight, activation, rows, x, None, y)
+        range_ = ctypes.addressof(range_) if range_ else None
+        code = LIBRARY.c.qc_linear_nbit(context, weight, activation, range_, rows, x, None, y)
     else:
         array = np.array(indices, np.int64)
         code = LIBRARY.c.qc_embedding_nbit(context, weight, len(indices), array.ctypes.data, address)
@@ -342,7 +352,14 @@ def described(**changes) -> QcWeight:
         (["exceeds", "expected less"], {"n": 2**61, "k": 2**61}, {}),
         (["weight.codes is null"], {"codes": None}, {}),
         (["weight.scales is null"], {"scales": None}, {}),
-        (["activation is 3", "0 (float)"], {}, {"activation": 3}),
+        (["activation is 4", "0 (float)", "3 (static int8)"], {}, {"activation": 4}),
+        (["range (of static int8 activations) is null"], {}, {"activation": INT8_STATIC}),
+        (["a static range is given and activation is 1", "expected 3"], {}, {"activation": 1, "range_": QcRange(1, None, None)}),
+        (["range.scale is 0", "above 0"], {}, {"activation": INT8_STATIC, "range_": QcRange(0, None, None)}),
+        (["range.scale is inf", "finite"], {}, {"activation": INT8_STATIC, "range_": QcRange(np.inf, None, None)}),
+        (["range.scale is nan", "finite"], {}, {"activation": INT8_STATIC, "range_": QcRange(np.nan, None, None)}),
+        (["range.zero is given without range.offset"], {}, {"activation": INT8_STATIC, "range_": QcRange(1, 4096, None)}),
+        (["range.offset is given without range.zero"], {}, {"activation": INT8_STATIC, "range_": QcRange(1, None, 4096)}),
         (["rows is -1", "at least 0"], {}, {"rows": -1}),
         (["x has", "fewer than 2^60"], {}, {"rows": 2**60}),
         (["x is null"], {}, {"x": False}),

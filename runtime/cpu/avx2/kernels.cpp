@@ -9,6 +9,7 @@ extern const Kernels kAvx2Kernels = {"avx2",
                                      avx2::kFloatBlockRows,
                                      avx2::quantize_row,
                                      avx2::linear_int8,
-                                     avx2::linear_float};
+                                     avx2::linear_float,
+                                     avx2::add_outliers};
 
 }  // namespace qc

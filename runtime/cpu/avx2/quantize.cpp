@@ -31,7 +31,8 @@ QC_INLINE void store_bytes(int8_t* a, __m256i q, int64_t count) {
 
 namespace avx2 {
 
-bool quantize_row(const float* x, int64_t k, int64_t block, int64_t segment, int8_t* a, float* sa, int32_t* sums) {
+bool quantize_row(const float* x, int64_t k, int64_t block, int64_t segment, const ActivationRange* range, int8_t* a,
+                  float* sa, int32_t* sums) {
   for (int64_t begin = 0; begin < k; begin += block) {
     const int64_t end = begin + block < k ? begin + block : k;
     // As integers, absolute values order like floats, and everything not finite lies above.
@@ -44,19 +45,23 @@ bool quantize_row(const float* x, int64_t k, int64_t block, int64_t segment, int
     if (absmax_bits >= 0x7f800000) return false;
     float absmax;
     std::memcpy(&absmax, &absmax_bits, 4);
-    const float scale = absmax / 127.0f;
+    const float scale = range ? range->scale : absmax / 127.0f;
     *sa++ = scale;
 
     const __m256 divisor = _mm256_set1_ps(scale > 0 ? scale : 1.0f);
-    const __m256 limit = _mm256_set1_ps(scale > 0 ? 127.0f : 0.0f);
-    const __m256 lower = _mm256_sub_ps(_mm256_setzero_ps(), limit);
+    // The limits are whole numbers: clamping before rounding, and before the zero point is added, gives the same.
+    const float largest_a = scale > 0 ? 127.0f : 0.0f;
+    const __m256 limit = _mm256_set1_ps(range ? float(range->high - range->zero) : largest_a);
+    const __m256 lower = _mm256_set1_ps(range ? float(range->low - range->zero) : -largest_a);
+    const __m256i zero = _mm256_set1_epi32(range ? range->zero : 0);
     for (int64_t first = begin; first < end; first += segment) {
       const int64_t last = first + segment < end ? first + segment : end;
       __m256i sum = _mm256_setzero_si256();
       for (int64_t i = first; i < last; i += 8) {
         const __m256 ratio = _mm256_div_ps(_mm256_maskload_ps(x + i, first_lanes(last - i)), divisor);
-        const __m256i q = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(ratio, lower), limit));
-        sum = _mm256_add_epi32(sum, q);
+        const __m256i level = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(ratio, lower), limit));
+        const __m256i q = _mm256_add_epi32(level, zero);
+        sum = _mm256_add_epi32(sum, _mm256_and_si256(q, first_lanes(last - i)));
         store_bytes(a + i, q, last - i);
       }
       *sums++ = reduce_add(sum);

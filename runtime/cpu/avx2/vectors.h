@@ -134,6 +134,7 @@ QC_INLINE void store(const LinearJob& job, int64_t tile, int h, int64_t row, __m
   const int64_t first = tile * kTileRows + kHalfRows * h, left = job.weight.n - first;
   if (row >= job.rows || left <= 0) return;
   const __m256i mask = first_lanes(left);
+  if (job.offset) acc = _mm256_add_ps(acc, _mm256_maskload_ps(job.offset + first, mask));
   if (job.bias) acc = _mm256_add_ps(acc, _mm256_maskload_ps(job.bias + first, mask));
   const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
   acc = _mm256_blendv_ps(acc, nan, _mm256_cmp_ps(acc, acc, _CMP_UNORD_Q));

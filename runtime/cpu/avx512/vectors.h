@@ -110,6 +110,7 @@ QC_INLINE void store(const LinearJob& job, int64_t tile, int64_t row, __m512 acc
   if (row >= job.rows) return;
   const int64_t first = tile * kTileRows, left = job.weight.n - first;
   const __mmask16 mask = left >= kTileRows ? __mmask16(0xffff) : __mmask16((1u << left) - 1);
+  if (job.offset) acc = _mm512_add_ps(acc, _mm512_maskz_loadu_ps(mask, job.offset + first));
   if (job.bias) acc = _mm512_add_ps(acc, _mm512_maskz_loadu_ps(mask, job.bias + first));
   const __mmask16 nan = _mm512_cmp_ps_mask(acc, acc, _CMP_UNORD_Q);
   acc = _mm512_mask_mov_ps(acc, nan, _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));

@@ -13,8 +13,11 @@ namespace {
 constexpr int kBlockRows[] = {1, 4, 0};
 constexpr int64_t kMaxBlockRows = 4;
 
-bool quantize_row(const float* x, int64_t k, int64_t block, int64_t segment, int8_t* a, float* sa, int32_t* sums) {
+bool quantize_row(const float* x, int64_t k, int64_t block, int64_t segment, const ActivationRange* range, int8_t* a,
+                  float* sa, int32_t* sums) {
   bool finite = true;
+  const int32_t zero = range ? range->zero : 0;
+  const float low = range ? float(range->low) : -127.0f, high = range ? float(range->high) : 127.0f;
   for (int64_t begin = 0; begin < k; begin += block) {
     const int64_t end = std::min(k, begin + block);
     float absmax = 0;
@@ -22,12 +25,12 @@ bool quantize_row(const float* x, int64_t k, int64_t block, int64_t segment, int
       finite = finite && std::isfinite(x[i]);
       absmax = std::max(absmax, std::fabs(x[i]));
     }
-    const float scale = absmax / 127.0f;
+    const float scale = range ? range->scale : absmax / 127.0f;
     *sa++ = scale;
     for (int64_t i = begin; i < end; ++i) {
       // A scale that underflows to 0 makes every term 0, whatever a is.
       const float q = finite && scale > 0 ? std::nearbyint(x[i] / scale) : 0.0f;
-      a[i] = int8_t(std::min(std::max(q, -127.0f), 127.0f));
+      a[i] = int8_t(std::min(std::max(q + float(zero), low), high));
     }
   }
   for (int64_t begin = 0; begin < k; begin += segment) {
@@ -70,7 +73,8 @@ void store(const LinearJob& job, int64_t tile, int64_t row, const float acc[kTil
   if (row >= job.rows) return;
   const int64_t first = tile * kTileRows, count = std::min(kTileRows, job.weight.n - first);
   for (int64_t r = 0; r < count; ++r) {
-    const float value = job.bias ? acc[r] + job.bias[first + r] : acc[r];
+    float value = job.offset ? acc[r] + job.offset[first + r] : acc[r];
+    if (job.bias) value += job.bias[first + r];
     // One NaN for all ISAs: which operand's sign and payload survives is not portable.
     job.y[row * job.weight.n + first + r] = std::isnan(value) ? std::numeric_limits<float>::quiet_NaN() : value;
   }
@@ -144,9 +148,28 @@ void each_tile(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64
   }
 }
 
+void add_outliers(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t row_begin, int64_t row_end) {
+  const int64_t n = job.weight.n, count = job.outlier_count;
+  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    const int64_t lanes = std::min(kTileRows, n - tile * kTileRows);
+    for (int64_t row = row_begin; row < row_end; ++row) {
+      const uint16_t* w = job.outliers + tile * count * kTileRows;
+      float* y = job.y + row * n + tile * kTileRows;
+      for (int64_t j = 0; j < count; ++j, w += kTileRows) {
+        const float x = job.outlier_x[row * count + j];
+        for (int64_t r = 0; r < lanes; ++r) y[r] += x * half_to_float(w[r]);
+      }
+      for (int64_t r = 0; r < lanes; ++r) {
+        if (std::isnan(y[r])) y[r] = std::numeric_limits<float>::quiet_NaN();
+      }
+    }
+  }
+}
+
 }  // namespace
 
 extern const Kernels kGenericKernels = {"generic",    kBlockRows,           kBlockRows,
-                                        quantize_row, each_tile<tile_int8>, each_tile<tile_float>};
+                                        quantize_row, each_tile<tile_int8>, each_tile<tile_float>,
+                                        add_outliers};
 
 }  // namespace qc
