@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from qcompiler.capture.export import export_torch
 from qcompiler.capture.prepare import prepare
 from qcompiler.capture.prepared import Prepared
 from qcompiler.graph.graph import Graph
@@ -17,5 +18,7 @@ def capture(model: torch.nn.Module, example: Any = None, dynamic_shapes: dict[st
 
 
 def captured(prepared: Prepared) -> Graph:
-    module = prepared.export_torch().module(check_guards=False)
+    """The graph of what was prepared; weights that stay in their files are in it as they are stored."""
+    module = export_torch(prepared, None, traced_only=True).module(check_guards=False)
+    prepared.stored.put_back(module)
     return Graph(module=module, kind=prepared.kind, example=prepared.example())

@@ -19,6 +19,7 @@ from qcompiler.capture.checkpoint_files import read_json, weight_files
 from qcompiler.capture.export import last_message
 from qcompiler.capture.finite import check_finite
 from qcompiler.capture.quiet import Quiet
+from qcompiler.capture.stored import StoredWeights, as_stored, widen_buffers
 from qcompiler.data import reference_model
 from qcompiler.errors import InputError, UnsupportedError
 
@@ -39,13 +40,14 @@ class Loaded:
     """A model as it was loaded.
 
     Attributes:
-        model: float32 on the CPU, in evaluation mode.
+        model: float32 on the CPU, in evaluation mode; what the checkpoint has in float32 is mapped from its files.
         config: the model's own.
         directory: where the checkpoint lies on this machine.
         source_description: what the user named: `reference`, a hub id, or the directory's name.
         tokenizer_files: the files of its tokenizer that exist.
         config_files: `config.json`, and `generation_config.json` where it exists.
         notes: what was noticed on the way, such as tensors that the model does not use.
+        stored: what `model` has stand-ins for; empty unless `load` was asked for it.
     """
 
     model: PreTrainedModel
@@ -55,24 +57,34 @@ class Loaded:
     tokenizer_files: list[Path]
     config_files: list[Path]
     notes: list[str] = field(default_factory=list)
+    stored: StoredWeights = field(default_factory=StoredWeights)
 
 
-def load(source: str | Path) -> Loaded:
+def load(source: str | Path, *, as_it_is_stored: bool = False) -> Loaded:
     """Load a checkpoint: a local directory, the word `reference`, or a hub id such as `org/name`.
 
     Only safetensors are read, and no code from a checkpoint is ever run. Nothing local touches the network.
+
+    Args:
+        as_it_is_stored: hold no weight in memory: parameters that are not float32 in the files become float32 stand-ins
+            that read as zeros, and `stored` has them, mapped. Such a model is good for capture, not for running.
 
     Raises:
         InputError: there is no such checkpoint, or it is damaged or incomplete; the message names the file or tensor.
         UnsupportedError: a sound checkpoint of a kind that cannot be compiled.
     """
-    directory, description = _directory(source)
+    directory, description = locate(source)
     config_values = read_json(directory / "config.json", missing=f"{directory} is not a model: no config.json")
     _check_kind(directory, config_values)
     weight_files(directory)
     config = _config(directory)
-    model, notes = _model(directory, config, config_values)
+    with as_stored() if as_it_is_stored else contextlib.nullcontext() as addresses:
+        model, notes = _model(directory, config, config_values)
+    if addresses is not None:
+        widen_buffers(model, addresses)
+        notes += _held_in_memory(model, addresses)
     check_finite(model, str(directory))
+    stored = StoredWeights.stand_in(model) if as_it_is_stored else StoredWeights()
     return Loaded(
         model=model.eval().requires_grad_(False),
         config=config,
@@ -81,10 +93,27 @@ def load(source: str | Path) -> Loaded:
         tokenizer_files=[directory / name for name in _TOKENIZER_FILES if (directory / name).is_file()],
         config_files=[directory / name for name in _CONFIG_FILES if (directory / name).is_file()],
         notes=notes,
+        stored=stored,
     )
 
 
-def _directory(source: str | Path) -> tuple[Path, str]:
+def _held_in_memory(model: PreTrainedModel, addresses: set[int]) -> list[str]:
+    """A note of the weights that are no tensors of the files, but were made from several while loading."""
+    made = {name: p.nbytes for name, p in model.named_parameters() if p.numel() and p.data_ptr() not in addresses}
+    if not made:
+        return []
+    return [
+        f"{len(made)} weights ({sum(made.values()):,} bytes) are merged or split from the checkpoint's tensors and held "
+        f"in memory: {_few(list(made))}"
+    ]
+
+
+def locate(source: str | Path) -> tuple[Path, str]:
+    """Where a checkpoint lies on this machine (a hub id is fetched), and what it is called in records.
+
+    Raises:
+        InputError: there is none.
+    """
     text = str(source)
     path = Path(text).expanduser()
     if path.is_dir():

@@ -15,8 +15,10 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.exporters.quantizers.base import ExportQuantizer
 
 from qcompiler.capture.dimensions import name_dimensions
+from qcompiler.capture.experts import experts_by_row
 from qcompiler.capture.prepared import Prepared
 from qcompiler.capture.quiet import Quiet
+from qcompiler.capture.stored import StoredWeights
 from qcompiler.errors import QCompilerError, UnsupportedError
 
 
@@ -28,26 +30,38 @@ def export_onnx(prepared: Prepared, quantizer: ExportQuantizer | None) -> onnx_i
     return model
 
 
-def export_torch(prepared: Prepared, quantizer: ExportQuantizer | None) -> torch.export.ExportedProgram:
+def export_torch(
+    prepared: Prepared, quantizer: ExportQuantizer | None, *, traced_only: bool = False
+) -> torch.export.ExportedProgram:
+    """`traced_only`: without a quantizer, leave the stand-ins of weights that stay in their files."""
     with _exporting(prepared, quantizer, "torch.export") as ours:
+        ours = None if traced_only else ours
         config = DynamoConfig(dynamic=True, dynamic_shapes=prepared.dynamic_shapes, quantizer=ours)
         return DynamoExporter().export(cast(PreTrainedModel, prepared.module), prepared.arguments(), config).program
 
 
 class _Loud(ExportQuantizer):
-    """The caller's quantizer with the silence lifted, and its own failure kept apart from the exporter's."""
+    """The caller's quantizer with the silence lifted, and its own failure kept apart from the exporter's.
+
+    It sees the weights as they are stored, in place of the stand-ins that were traced; without a quantizer they are
+    only widened to the type that was traced.
+    """
 
     quantizes_fx_graph = True
     supported_formats = (ExportFormat.ONNX, ExportFormat.DYNAMO)
 
-    def __init__(self, inner: ExportQuantizer, quiet: Quiet) -> None:
+    def __init__(self, inner: ExportQuantizer | None, quiet: Quiet, stored: StoredWeights) -> None:
         super().__init__()
         self.inner = inner
         self.quiet = quiet
+        self.stored = stored
         self.failure: BaseException | None = None
 
     def quantize(self, model: Any, sample_inputs: dict[str, Any], export_format: ExportFormat) -> Any:
         try:
+            self.stored.put_back(model, widen=self.inner is None)
+            if self.inner is None:
+                return model
             with self.quiet.aloud():
                 return self.inner.quantize(model, sample_inputs, export_format)
         except BaseException as failure:
@@ -57,8 +71,8 @@ class _Loud(ExportQuantizer):
 
 @contextlib.contextmanager
 def _exporting(prepared: Prepared, quantizer: ExportQuantizer | None, target: str) -> Iterator[_Loud | None]:
-    with Quiet() as quiet:
-        ours = None if quantizer is None else _Loud(quantizer, quiet)
+    with Quiet() as quiet, experts_by_row(prepared.module):
+        ours = _Loud(quantizer, quiet, prepared.stored) if quantizer is not None or prepared.stored else None
         try:
             yield ours
         except QCompilerError:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qcompiler.capture.stored import StoredWeights
 from qcompiler.graph.graph import Kind
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Prepared:
         axes: names of the axes that vary, by input path: `{"input_ids": {0: "batch", 1: "length"}}`.
         switches: arguments that choose what the model returns and are no inputs of the graph, such as `use_cache`.
         notes: what had to be decided on the way, one sentence each.
+        stored: weights that `module` has stand-ins for; they are put back into what is captured.
     """
 
     module: torch.nn.Module
@@ -38,6 +40,7 @@ class Prepared:
     axes: dict[str, dict[int, str]]
     switches: dict[str, bool] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    stored: StoredWeights = field(default_factory=StoredWeights)
 
     def example(self) -> dict[str, Any]:
         """A fresh copy of the inputs: a forward pass writes into the cache that it is given."""

@@ -105,7 +105,8 @@ def set_parameter(module: GraphModule, name: str, value: torch.Tensor) -> None:
         owner = getattr(owner, part)
     owner._parameters.pop(leaf, None)
     owner._buffers.pop(leaf, None)
-    owner.register_parameter(leaf, torch.nn.Parameter(value, requires_grad=False))
+    made = value if isinstance(value, torch.nn.Parameter) else torch.nn.Parameter(value, requires_grad=False)
+    owner.register_parameter(leaf, made)
 
 
 def free_name(module: GraphModule, name: str) -> str:
