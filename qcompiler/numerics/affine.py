@@ -16,11 +16,12 @@ CHUNK = 2**17  # elements that are fitted at once: the search goes over them 31 
 
 # Factors on the min-max range that the MSE search tries; 1 is among them, so the search never loses to min-max.
 SHRINK = torch.linspace(1.0, 0.4, 31, dtype=torch.float64)
+COARSE = SHRINK[::3]  # where a search is repeated: it finds nearly the same in a third of the time
 
 
 @dataclass(frozen=True)
 class AffineWeight:
-    """A quantized matrix.
+    """A quantized matrix, or one for each of many experts: then every tensor has their axis before its own.
 
     Attributes:
         codes: `[n, k]`, int8 for 8 bits, uint8 below.
@@ -34,13 +35,13 @@ class AffineWeight:
     zeros: torch.Tensor | None
     format: AffineFormat
 
-    def dequantize(self) -> torch.Tensor:
-        """W = S · (q − Z), float32 `[n, k]`."""
-        k = self.codes.shape[1]
+    def dequantize(self, rows: slice = slice(None)) -> torch.Tensor:
+        """W = S · (q − Z), float32 `[n, k]`, or some of its rows (of many experts: some of them)."""
+        k = self.codes.shape[-1]
         width = self.format.group or k
-        spread = lambda t: t.float().repeat_interleave(width, dim=1)[:, :k]  # noqa: E731
+        spread = lambda t: t[rows].float().repeat_interleave(width, dim=-1)[..., :k]  # noqa: E731
         centre = self.format.center if self.zeros is None else spread(self.zeros)
-        return (self.codes.float() - centre) * spread(self.scales)
+        return (self.codes[rows].float() - centre) * spread(self.scales)
 
 
 def scale_and_zero(low: torch.Tensor, high: torch.Tensor, format: AffineFormat) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,10 +74,11 @@ def zero_point(low: torch.Tensor, scale: torch.Tensor, format: AffineFormat) -> 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, format: AffineFormat) -> torch.Tensor:
     """q = clamp(round(x / S) + Z), as float; symmetric 8 bits use [−127, 127]."""
-    return (torch.round(x / scale) + zero).clamp(*_range(format))
+    return (torch.round(x / scale) + zero).clamp(*rounding_range(format))
 
 
-def _range(format: AffineFormat) -> tuple[int, int]:
+def rounding_range(format: AffineFormat) -> tuple[int, int]:
+    """Smallest and largest code that rounding produces."""
     low, high = format.code_range
     return (-127, high) if format.bits == 8 and format.symmetric else (low, high)
 
@@ -103,6 +105,7 @@ def fit(
     norm: float = 2.0,
     per_tensor: bool = False,
     importance: torch.Tensor | None = None,
+    factors: torch.Tensor = SHRINK,
 ) -> AffineWeight:
     """Round to nearest with a chosen clipping range a group.
 
@@ -117,6 +120,7 @@ def fit(
         norm: exponent of the search.
         per_tensor: one scale (and zero point) for the whole matrix, stored with every row; the format's group is 0.
         importance: float `[k]`, not negative: what the error of a column counts in the search; all alike when None.
+        factors: that the search tries, 1 first.
 
     Raises:
         ValueError: a range whose scale float16 cannot hold.
@@ -125,11 +129,14 @@ def fit(
     dtype = torch.int8 if format.bits == 8 else torch.uint8
     if per_tensor:
         importance = None if importance is None else importance.repeat(n)
-        codes, scale, zero = _fit_rows(weight.float().reshape(1, -1), format, clipping, norm, importance)
+        codes, scale, zero = _fit_rows(weight.float().reshape(1, -1), format, clipping, norm, importance, factors)
         zeros = None if format.symmetric else zero.to(dtype).expand(n, 1).contiguous()
         return AffineWeight(codes.reshape(n, k).to(dtype), scale.half().expand(n, 1).contiguous(), zeros, format)
-    parts = [_fit_rows(rows.float(), format, clipping, norm, importance) for rows in _chunks(weight)]
-    codes = torch.cat([p[0] for p in parts]).to(dtype)
+    parts = []
+    for rows in _chunks(weight):
+        codes, scales, zeros = _fit_rows(rows.float(), format, clipping, norm, importance, factors)
+        parts.append((codes.to(dtype), scales, zeros))  # a byte a code: there are as many as weights
+    codes = torch.cat([p[0] for p in parts])
     scales = torch.cat([p[1] for p in parts]).half()
     zeros = None if format.symmetric else torch.cat([p[2] for p in parts]).to(dtype)
     return AffineWeight(codes, scales, zeros, format)
@@ -141,12 +148,13 @@ def fit_group(
     clipping: str = "mse",
     norm: float = 2.0,
     importance: torch.Tensor | None = None,
+    factors: torch.Tensor = SHRINK,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The grid of one group of columns, by the rules of `fit`.
 
     Args:
         group: float `[n, width]`, finite; any width, `format.group` is not looked at.
-        importance: float `[width]`, as in `fit`.
+        importance: float `[width]`, and `factors`: as in `fit`.
 
     Returns:
         `(S, Z)`, float32 `[n]` each: S as float16 stores it, Z an integer.
@@ -155,7 +163,7 @@ def fit_group(
         ValueError: as `fit`.
     """
     importance = None if importance is None else importance.float()[None]
-    parts = [_fit_grids(rows.float()[:, None], format, clipping, norm, importance) for rows in _chunks(group)]
+    parts = [_fit_grids(rows.float()[:, None], format, clipping, norm, importance, factors) for rows in _chunks(group)]
     return torch.cat([p[0] for p in parts])[:, 0], torch.cat([p[1] for p in parts])[:, 0]
 
 
@@ -166,7 +174,12 @@ def _chunks(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _fit_rows(
-    weight: torch.Tensor, format: AffineFormat, clipping: str, norm: float, importance: torch.Tensor | None
+    weight: torch.Tensor,
+    format: AffineFormat,
+    clipping: str,
+    norm: float,
+    importance: torch.Tensor | None,
+    factors: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
     """Codes `[n, k]`, S and Z `[n, groups]`, all float32."""
     n, k = weight.shape
@@ -175,13 +188,18 @@ def _fit_rows(
         counted = torch.zeros(w.shape[1] * w.shape[2], dtype=w.dtype, device=w.device)
         counted[:k] = 1 if importance is None else importance
         importance = counted.view(w.shape[1:])
-    scale, zero = _fit_grids(w, format, clipping, norm, importance)
+    scale, zero = _fit_grids(w, format, clipping, norm, importance, factors)
     codes = quantize(w, scale[..., None], zero[..., None], format)
     return codes.reshape(n, -1)[:, :k], scale, zero
 
 
 def _fit_grids(
-    w: torch.Tensor, format: AffineFormat, clipping: str, norm: float, importance: torch.Tensor | None
+    w: torch.Tensor,
+    format: AffineFormat,
+    clipping: str,
+    norm: float,
+    importance: torch.Tensor | None,
+    factors: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(S, Z)` `[n, groups]` for `w` `[n, groups, width]`, with `importance` `[groups, width]` or None."""
     low, high = w.amin(dim=2).clamp(max=0), w.amax(dim=2).clamp(min=0)
@@ -201,7 +219,7 @@ def _fit_grids(
     if clipping == "mse":
         buffer = torch.empty_like(w)
         best = _error(w, scale, zero, format, importance, norm, buffer)
-        for factor in SHRINK[1:].tolist():
+        for factor in factors[1:].tolist():
             s, z = candidate(factor)
             error = _error(w, s, z, format, importance, norm, buffer)
             better = error < best
@@ -214,7 +232,7 @@ def _fit_grids(
 
 def _error(w, scale, zero, format, importance, norm, buffer) -> torch.Tensor:
     """Σ |w − w̃|^norm a group; `buffer`, of the shape of `w`, is overwritten. The arithmetic is that of `quantize`."""
-    code_low, code_high = _range(format)
+    code_low, code_high = rounding_range(format)
     scale = scale[..., None]
     difference = torch.div(w, scale, out=buffer).round_()
     if format.symmetric:  # Z is one number: q − Z without adding and subtracting it
@@ -236,6 +254,22 @@ def sqnr_db(reference: torch.Tensor, approximation: torch.Tensor) -> float:
     for x, y in zip(reference.reshape(-1).split(CHUNK), approximation.reshape(-1).split(CHUNK), strict=True):
         signal += x.double().square().sum().item()
         noise += (x.double() - y).square().sum().item()
+    return _decibel(signal, noise)
+
+
+def weight_sqnr_db(weight: torch.Tensor, solution: AffineWeight) -> float:
+    """`sqnr_db(weight, solution.dequantize())`, a few rows at a time."""
+    signal = noise = 0.0
+    step = max(1, CHUNK // max(weight.shape[1], 1))
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        x = weight[rows].double()
+        signal += x.square().sum().item()
+        noise += (x - solution.dequantize(rows)).square().sum().item()
+    return _decibel(signal, noise)
+
+
+def _decibel(signal: float, noise: float) -> float:
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf

@@ -1,0 +1,166 @@
+"""The sweep of GPTQ: columns are rounded one after another, and those still to come take over the error that is there.
+
+With H + diag(δ) = R Rᵀ, R upper, and U = R⁻¹, the textbook step for column j is
+
+    e_j = (w_j − w̃_j) / U_jj,    W[:, l] −= e_j U[j, l]  for l > j.
+
+All errors together give D = W − W̃ = E U, so E = D R, and what the columns before a block B have fed into it is
+D[:, <B] R[<B, B] R[B, B]⁻¹: the sweep reads R and never needs U but for the small blocks on its diagonal. A block is
+brought up to date by one matrix product when its turn comes; nothing behind it is touched before. Each value is the one
+that the textbook step gives, up to rounding.
+
+Weights are transposed here, `[k, n]`: a column lies in one piece of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from qcompiler.numerics.affine import rounding_range
+from qcompiler.numerics.ordering import Block, Order
+from qcompiler.ops.formats import AffineFormat
+
+Fit = Callable[[torch.Tensor, int, int], tuple[torch.Tensor, torch.Tensor]]
+
+
+class Grids:
+    """S and Z of every group and row, `[groups, n]` in the sweep's type."""
+
+    def __init__(self, scales: torch.Tensor, zeros: torch.Tensor, format: AffineFormat, fit: Fit | None = None) -> None:
+        """Args:
+        scales, zeros: what is known; with `fit` space to fill.
+        fit: `(live [n, width], first, last)` -> `(S, Z)` `[n]`: fits a group when the sweep reaches it. The columns, at
+            positions `first` to `last`, are what all errors so far have made of them.
+        """
+        self.scales, self.zeros, self.fit = scales, zeros, fit
+        self._range = rounding_range(format)
+        self._rows: list[tuple] = [()] * len(scales)
+        if fit is None:
+            for group in range(len(scales)):
+                self._ready(group)
+
+    def reach(self, group: int, live: torch.Tensor, first: int, last: int) -> None:
+        """Fit `group`, whose columns `live` holds `[n, width]`."""
+        if self.fit is not None:
+            self.scales[group], self.zeros[group] = self.fit(live, first, last)
+            self._ready(group)
+
+    def row(self, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """S, and the least and largest q − Z, of a group, `[n]` each."""
+        return self._rows[group]
+
+    def _ready(self, group: int) -> None:
+        zero = self.zeros[group]
+        self._rows[group] = (self.scales[group], self._range[0] - zero, self._range[1] - zero)
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep leaves, all in its order.
+
+    Attributes:
+        codes: `[k, n]`, int8 for 8 bits, uint8 below.
+        difference: D `[k, n]`: target − W̃; the target is W, with `mixing` W + V P.
+        seen: V `[k, n]`: each column as it was when it was rounded. E = (V − W̃) / U_jj.
+        losses: diag(D (H + δ) Dᵀ) = Σ_j E_j², float64 `[n]`.
+    """
+
+    codes: torch.Tensor
+    difference: torch.Tensor
+    seen: torch.Tensor
+    losses: torch.Tensor
+
+
+def sweep(
+    weight: torch.Tensor,
+    upper: torch.Tensor,
+    order: Order,
+    format: AffineFormat,
+    grids: Grids,
+    mixing: torch.Tensor | None = None,
+) -> Swept:
+    """Round all columns.
+
+    Args:
+        weight: float `[k, n]`, transposed and in the order of the sweep. Not changed.
+        upper: R `[k, k]` of the type of `weight`.
+        order: the plan.
+        format: of the codes.
+        grids: filled where they are fitted on the way.
+        mixing: P of GPTAQ `[k, k]`: W[:, l] += v_j P[j, l] with v_j the column j at the moment when it is rounded.
+    """
+    k, n = weight.shape
+    codes = torch.empty(k, n, dtype=torch.int8 if format.bits == 8 else torch.uint8, device=weight.device)
+    losses = torch.zeros(n, dtype=torch.float64, device=weight.device)
+    difference, seen = torch.empty_like(weight), torch.empty_like(weight)
+    for block in order.blocks:
+        here, before = slice(block.start, block.stop), slice(0, block.start)
+        target, own = weight[here], upper[here, here]
+        if mixing is not None:
+            target = torch.addmm(target, mixing[before, here].T, seen[before])
+        stiffness = own.diagonal()  # 1 / U_jj
+        eye = torch.eye(len(own), dtype=own.dtype, device=own.device)
+        inverse = torch.linalg.solve_triangular(own, eye, upper=True)  # U of the block
+        feedback = inverse * stiffness[:, None]
+        live, steps, rounded, misses = seen[here], *(torch.empty_like(target) for _ in range(3))
+        torch.addmm(target, inverse.T, upper[before, here].T @ difference[before], out=live)
+        _round(block, order, grids, feedback, None if mixing is None else mixing[here, here], live, steps, rounded, misses)
+        if mixing is not None:
+            target = target.addmm_(mixing[here, here].T, live)
+        torch.sub(target, rounded, out=difference[here])
+        groups = torch.tensor(order.group[here], device=weight.device)
+        codes[here] = steps.add_(format.center if format.symmetric else grids.zeros.index_select(0, groups))
+        losses += misses.mul_(stiffness[:, None]).square_().sum(0, dtype=torch.float64)
+    return Swept(codes, difference, seen, losses)
+
+
+def _round(
+    block: Block,
+    order: Order,
+    grids: Grids,
+    feedback: torch.Tensor,
+    mixing: torch.Tensor | None,
+    live: torch.Tensor,
+    steps: torch.Tensor,
+    rounded: torch.Tensor,
+    misses: torch.Tensor,
+) -> None:
+    """The textbook step inside a block: q − Z into `steps`, W̃ into `rounded`, V − W̃ into `misses`, each `[columns, n]`.
+
+    `live` comes as the errors of all blocks before have left it, and ends as V. `feedback` `[columns, columns]` has
+    U[j, l] / U_jj.
+    """
+    # One view for each column, made at once: indexing costs as much as the arithmetic on a column.
+    columns = list(zip(live.unbind(), steps.unbind(), rounded.unbind(), misses.unbind(), strict=True))
+    groups = order.group[block.start : block.stop]
+    for first, last in ((a - block.start, b - block.start) for a, b in block.pieces):
+        position = first + block.start
+        if position in order.begins:
+            end = order.begins[position]
+            grids.reach(groups[first], live[first : end - block.start].T, position, end)
+        for j in range(first, last):
+            column, step, value, miss = columns[j]
+            if j > first:
+                column.addmv_(misses[first:j].T, feedback[first:j, j], alpha=-1)
+                if mixing is not None:
+                    column.addmv_(live[first:j].T, mixing[first:j, j])
+            scale, low, high = grids.row(groups[j])
+            torch.div(column, scale, out=step).round_().clamp_(low, high)
+            torch.mul(step, scale, out=value)
+            torch.sub(column, value, out=miss)
+        live[last:].addmm_(feedback[first:last, last:].T, misses[first:last], alpha=-1)
+        if mixing is not None:
+            live[last:].addmm_(mixing[first:last, last:].T, live[first:last])
+
+
+def damped_losses(difference: torch.Tensor, upper: torch.Tensor, block: int) -> torch.Tensor:
+    """diag(D (H + δ) Dᵀ) = Σ_j (D R)_j², float64 `[n]`, of `difference` `[k, n]`: half the work of the full product."""
+    losses = torch.zeros(difference.shape[1], dtype=torch.float64, device=difference.device)
+    for start in range(0, len(difference), block):
+        stop = start + block
+        product = upper[:stop, start:stop].T @ difference[:stop]
+        losses += product.square_().sum(0, dtype=torch.float64)
+    return losses
