@@ -34,8 +34,8 @@ def peak_memory(quantizer: Quantizer, module: torch.nn.Module, packed: int) -> d
     weights = _tensor_bytes(module)
     solved = [site for site in quantizer.graph.sites if site.name in quantizer.context.schemes]
     # A solution keeps a byte a code until everything is written, beside the weights that it is packed into.
-    codes = sum(site.shape[0] * site.shape[1] for site in _once(solved))
-    largest = max((4 * site.shape[0] * site.shape[1] for site in solved), default=0)
+    codes = sum(site.size for site in _once(solved))
+    largest = max((4 * site.size for site in solved), default=0)
     return {
         "process": max(current_rss_bytes() - weights, 0),
         "float_weights": weights,
@@ -51,12 +51,12 @@ def file_sizes(quantizer: Quantizer, module: torch.nn.Module, packed: dict[str, 
     assert quantizer.graph is not None and quantizer.context is not None
     sites = [site for site in quantizer.graph.sites if site.name in quantizer.context.schemes]
     graph, layer = GRAPH_BYTES[target]
-    in_float = _tensor_bytes(module) - sum(4 * site.shape[0] * site.shape[1] for site in _once(sites))
+    in_float = _tensor_bytes(module) - sum(4 * site.size for site in _once(sites))
     sizes = {
         **packed,
         "float": max(in_float, 0),
         # Half a step before each: codes of 1 MiB and more start at multiples of 64 KiB, the others of 64 bytes.
-        "alignment": sum(32 * 1024 if site.shape[0] * site.shape[1] >= 2 * 2**20 else 32 for site in _once(sites)),
+        "alignment": sum(32 * 1024 if site.size >= 2 * 2**20 else 32 for site in _once(sites)),
         "graph": graph + layer * len(sites),
     }
     return sizes | {"total": sum(sizes.values())}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from qcompiler.errors import UsageError
+from qcompiler.ops.formats import Activation
 from qcompiler.pipeline.passes import Pass, Report, Skip
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ class AssignFormats(Pass):
     def run(self, graph: Graph, context: Context) -> Report:
         report = Report(matched=len(graph.sites))
         for site in graph.sites:
-            n, k = site.shape
-            scheme = context.recipe.scheme(site.name, site.kind, site.role, n * k)
+            k = site.shape[1]
+            scheme = context.recipe.scheme(site.name, site.kind, site.role, site.size)
             if scheme == "float":
                 context.left_in_float[site.name] = "the recipe keeps it in float"
             elif k > LARGEST_K:
@@ -38,6 +39,11 @@ class AssignFormats(Pass):
                     raise UsageError(
                         f"layer {site.name}: rows of {k} do not divide into groups of {group}, "
                         "and the recipe says strict_groups"
+                    )
+                if site.kind == "experts" and scheme.activation is Activation.INT8_STATIC:
+                    raise UsageError(
+                        f"layer {site.name}: products with experts take no int8-static activations; override the role "
+                        "expert with int8-token, int8-block128 or float activations"
                     )
                 context.schemes[site.name] = scheme
                 report.layers[site.name] = {"format": scheme.weight_format.label, "activation": scheme.activations}
@@ -69,7 +75,7 @@ def _check_ties(sites: list[Site], context: Context) -> None:
 def _check_overrides(sites: list[Site], context: Context, report: Report) -> None:
     """An override that selects nothing is reported: it is a typo more often than a wish."""
     for index, override in enumerate(context.recipe.overrides):
-        if not any(override.select.matches(s.name, s.role, s.shape[0] * s.shape[1]) for s in sites):
+        if not any(override.select.matches(s.name, s.role, s.size) for s in sites):
             name = f"overrides.{index}"
             if name not in context.recipe.allow.unmatched:
                 known = sorted({s.role for s in sites if s.role})

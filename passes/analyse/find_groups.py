@@ -37,12 +37,14 @@ class FindGroups(Pass):
     stage: ClassVar[str] = "analyse"
 
     def run(self, graph: Graph, context: object) -> Report:
-        inputs: dict[tuple[Node, str], int] = {}
+        inputs: dict[tuple[Node, str, object], int] = {}
         keys = {site.name: storage_key(attribute(graph.module, site.weight)) for site in graph.sites}
         shared = Counter(keys.values())
         ties: dict[tuple, int] = {}
         for site in graph.sites:
-            site.input_group = inputs.setdefault((input_value(site), site.kind), len(inputs))
+            # of experts, those whose rows go to the same ones
+            expert = args(site.node)[1] if site.kind == "experts" else None
+            site.input_group = inputs.setdefault((input_value(site), site.kind, expert), len(inputs))
             key = keys[site.name]
             site.tie_group = ties.setdefault(key, len(ties)) if shared[key] > 1 else None
         return Report(
@@ -54,7 +56,7 @@ class FindGroups(Pass):
 
 def input_value(site: Site) -> Node:
     """The value that the site reads, whatever shape its leading axes were given on the way."""
-    node = args(site.node)[0] if site.kind == "linear" else args(site.node)[1]
+    node = args(site.node)[1] if site.kind == "embedding" else args(site.node)[0]
     while node.target in _SAME_ROWS and _last_size(node) == _last_size(args(node)[0]):
         node = args(node)[0]
     return node

@@ -29,6 +29,7 @@ class FindRoles(Pass):
     down(act(up(x)))                          mlp.up, mlp.down
     embedding(W, tokens), logits = head(x)    embed, head
     topk(softmax(router(x)))                  router
+    experts_linear(x, i, W)                   expert
     """
 
     name: ClassVar[str] = "find_roles"
@@ -39,6 +40,7 @@ class FindRoles(Pass):
         roles = attention_roles(graph.module.graph, sites)
         roles |= _routers(sites, roles)
         roles |= mlp_roles(sites, roles)
+        roles |= {site.name: "expert" for site in graph.sites if site.kind == "experts"}
         embed = _embed(graph)
         if embed is not None:
             roles[embed.name] = "embed"

@@ -11,6 +11,7 @@ from torch.fx import Node
 from qcompiler.graph.constants import attribute
 from qcompiler.graph.edit import args
 from qcompiler.graph.graph import Graph, Site
+from qcompiler.ops.experts_linear import EXPERTS_LINEAR
 from qcompiler.passes.analyse.leftovers import find_leftovers
 from qcompiler.pipeline.passes import Pass, Report, Skip
 
@@ -19,10 +20,12 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class FindSites(Pass):
-    """Fill `graph.sites` with every `linear` and `embedding` of a constant, and `graph.leftovers` with the rest.
+    """Fill `graph.sites` with every `linear`, `embedding` and `experts_linear` of a constant, and `graph.leftovers` with the
+    rest.
 
     linear(x, W, b)                 ─▶  Site(kind="linear")
     embedding(W, ids)               ─▶  Site(kind="embedding")
+    experts_linear(x, i, W, b)      ─▶  Site(kind="experts")
     bmm(x, W) | conv1d(x, W) | …    ─▶  leftovers[W] = (bytes, why)
     """
 
@@ -47,30 +50,33 @@ def _site(graph: Graph, node: Node, names: set[str]) -> Site | None:
     if node.op != "call_function":
         return None
     if node.target is aten.linear.default:
-        weight, bias = args(node)[1], args(node)[2] if len(args(node)) > 2 else None
+        kind, (_, weight, bias) = "linear", (*args(node), None)[:3]
+    elif node.target is EXPERTS_LINEAR:
+        kind, (_, _, weight, bias) = "experts", (*args(node), None)[:4]
     elif node.target is aten.embedding.default:
-        weight, bias = args(node)[0], None
+        kind, weight, bias = "embedding", args(node)[0], None
     else:
         return None
     if not isinstance(weight, Node) or weight.op != "get_attr":
         return None
-    n, k = attribute(graph.module, str(weight.target)).shape
+    *experts, n, k = attribute(graph.module, str(weight.target)).shape
     return Site(
-        name=_unique(str(weight.target), node, names),
-        kind="linear" if node.target is aten.linear.default else "embedding",
+        name=_unique(weight, node, names),
+        kind=kind,
         node=node,
         weight=str(weight.target),
         bias=str(bias.target) if isinstance(bias, Node) and bias.op == "get_attr" else None,
         shape=(n, k),
+        experts=experts[0] if experts else 1,
     )
 
 
-def _unique(weight: str, node: Node, names: set[str]) -> str:
+def _unique(attr: Node, node: Node, names: set[str]) -> str:
     """The weight's owner; the calling module where several calls read the weight: tied, or one module called twice."""
+    weight = str(attr.target)
     owner = weight.rpartition(".")[0] or weight
     stack = node.meta.get("nn_module_stack") or {}
     caller = next(reversed(list(stack.values())), ("", ""))[0]
-    attr = args(node)[0] if node.target is aten.embedding.default else args(node)[1]
     readings = [other for other in node.graph.nodes if other.op == "get_attr" and other.target == attr.target]
     shared = sum(len(other.users) for other in readings) > 1
     for name in (caller, owner) if shared else (owner, caller):

@@ -74,7 +74,7 @@ def _reason(node: Node, tensor: torch.Tensor, picked: bool) -> str:
     if node.target in _CONVOLUTIONS:
         return f"{op}: convolutions stay in float"
     if tensor.dim() == 3 and (picked or _grouped(node) or node.target in (aten.bmm.default, aten.baddbmm.default)):
-        return f"{op}: a weight of {tensor.shape[0]} experts, batched; only single matrices are quantized"
+        return f"{op}: a stack of {tensor.shape[0]} matrices, in a form that is not read as one matrix for each row"
     if picked:
         return f"{op}: rows of the weight are picked by computed indices"
     if tensor.dim() > 2:

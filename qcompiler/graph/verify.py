@@ -13,6 +13,8 @@ from torch.fx import Node
 from qcompiler.errors import GateError
 from qcompiler.graph.constants import attribute, has_attribute, storage_key
 from qcompiler.graph.graph import Graph, Site
+from qcompiler.ops.experts_linear import EXPERTS_LINEAR
+from qcompiler.ops.experts_linear import NAMESPACE as EXPERTS_NAMESPACE
 
 Stage = Literal["captured", "normalised", "analysed", "rewritten"]
 STAGES: tuple[Stage, ...] = ("captured", "normalised", "analysed", "rewritten")
@@ -20,8 +22,10 @@ STAGES: tuple[Stage, ...] = ("captured", "normalised", "analysed", "rewritten")
 aten = torch.ops.aten
 # Ours appear with the rewrite and no earlier.
 _OUR_NAMESPACE = "qcompiler"
-# `transformers` has an op of its own for products with many experts' weights.
-_NAMESPACES = frozenset({"aten", "prims", "transformers"})
+# Stands in the graph within the stage `observe` and at no stage's end.
+_OBSERVER = "qcompiler.observe.default"
+# `transformers` has an op of its own for products with many experts' weights, and so have we (`experts_linear`).
+_NAMESPACES = frozenset({"aten", "prims", "transformers", EXPERTS_NAMESPACE})
 _ASSERTING = ("_assert", "sym_constrain_range")
 _FAKE_QUANTIZED = ("fake_quantize", "quantize_per", "dequantize", "quantized_decomposed", "fake_quant")
 _PYTHON_MODULES = frozenset({"_operator", "operator", "math", "torch"})
@@ -58,6 +62,8 @@ def _problems(graph: Graph, node: Node, stage: Stage) -> Iterator[str]:
         yield from _target_problems(node, stage)
         if node.target is aten.linear.default and stage != "captured":
             yield from _linear_problems(node)
+        if node.target is EXPERTS_LINEAR:
+            yield from _experts_problems(node)
 
 
 def _target_problems(node: Node, stage: Stage) -> Iterator[str]:
@@ -71,7 +77,9 @@ def _target_problems(node: Node, stage: Stage) -> Iterator[str]:
             yield f"expected an operator or a Python scalar function, found {target!r}"
         return
     if target.namespace == _OUR_NAMESPACE:
-        if stage != "rewritten":
+        if name == _OBSERVER:
+            yield "an observer is left; calibrate_ranges must follow place_observers at once and select every site that reads it"
+        elif stage != "rewritten":
             yield f"ops of {_OUR_NAMESPACE} appear in stage 'rewritten' only"
     elif stage != "captured" and target.namespace not in _NAMESPACES:
         yield f"namespace {target.namespace!r} is not allowed; expected one of {', '.join(sorted(_NAMESPACES))}"
@@ -87,7 +95,9 @@ def _constant_problems(graph: Graph, node: Node) -> Iterator[str]:
     constant, described = attribute(graph.module, name), node.meta.get("val")
     if isinstance(constant, torch.Tensor) and isinstance(described, torch.Tensor):
         found, expected = tuple(constant.shape), tuple(described.shape)
-        if found != expected or constant.dtype != described.dtype:
+        # A weight may be stored narrower than the graph computes: `Graph.constant` widens it.
+        narrow = described.dtype is torch.float32 and constant.dtype in (torch.float16, torch.bfloat16)
+        if found != expected or not (narrow or constant.dtype == described.dtype):
             yield f"the constant is {constant.dtype}{list(found)}, the graph says {described.dtype}{list(expected)}"
 
 
@@ -104,6 +114,20 @@ def _linear_problems(node: Node) -> Iterator[str]:
         yield f"result ends in {node.meta['val'].shape[-1]}, the weight is [{n}, {k}]"
     if shapes[2] is not None and math.prod(shapes[2]) != n:
         yield f"bias is {list(shapes[2])}, the weight is [{n}, {k}]"
+
+
+def _experts_problems(node: Node) -> Iterator[str]:
+    x, expert, weight, bias = ([a.meta["val"].shape if isinstance(a, Node) else None for a in node.args] + [None])[:4]
+    if weight is None or len(weight) != 3:
+        yield f"the weight is {None if weight is None else list(weight)}, expected [experts, n, k]"
+        return
+    experts, n, k = weight
+    if x is None or len(x) != 2 or x[1] != k:
+        yield f"input is {None if x is None else list(x)}, the weight is [{experts}, {n}, {k}]"
+    elif expert is None or len(expert) != 1:
+        yield f"the experts' indices are {None if expert is None else list(expert)}, expected one for each of [{x[0]}] rows"
+    if bias is not None and list(bias) != [experts, n]:
+        yield f"bias is {list(bias)}, the weight is [{experts}, {n}, {k}]"
 
 
 def _site_problems(graph: Graph) -> Iterator[tuple[Site, str]]:
@@ -123,13 +147,13 @@ def _site_problems(graph: Graph) -> Iterator[tuple[Site, str]]:
         if not has_attribute(graph.module, site.weight):
             yield site, f"there is no weight {site.weight}"
             continue
-        position = 1 if site.kind == "linear" else 0
+        position = {"embedding": 0, "linear": 1, "experts": 2}[site.kind]
         reader = site.node.args[position]
         if not isinstance(reader, Node) or reader.op != "get_attr" or reader.target != site.weight:
             yield site, f"the node reads {reader}, not the weight {site.weight}"
         weight = attribute(graph.module, site.weight)
-        if tuple(weight.shape) != site.shape:
-            yield site, f"the weight is {list(weight.shape)}, the site says {list(site.shape)}"
+        if tuple(weight.shape) != site.weight_shape:
+            yield site, f"the weight is {list(weight.shape)}, the site says {list(site.weight_shape)}"
         if site.tie_group is not None:
             key = storage_key(weight)
             if storages.setdefault(site.tie_group, key) != key:

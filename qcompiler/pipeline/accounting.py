@@ -33,16 +33,17 @@ def layer_records(quantizer: Quantizer) -> list[dict[str, Any]]:
             "kind": site.kind,
             "role": site.role,
             "shape": [n, k],
+            "experts": site.experts,
             "input_group": site.input_group,
             "tie_group": site.tie_group,
-            "float_bytes": 4 * n * k,
+            "float_bytes": 4 * site.size,
             "reason": None,
         }
         scheme = context.schemes.get(site.name)
         if scheme is None:
             record |= {
                 "format": "float32",
-                "bytes": 4 * n * k,
+                "bytes": 4 * site.size,
                 "bits_per_weight": 32.0,
                 "reason": context.left_in_float.get(site.name),
             }
@@ -70,7 +71,7 @@ def layers_file(quantizer: Quantizer, saved: Saved | None, packed: dict[str, int
     """
     coverage, left = quantizer.coverage()
     records = layer_records(quantizer)
-    weights = sum(r["shape"][0] * r["shape"][1] for r in _once(records) if r["format"] != "float32")
+    weights = sum(r["experts"] * r["shape"][0] * r["shape"][1] for r in _once(records) if r["format"] != "float32")
     sizes = dict(packed)
     if saved is not None:
         sizes["float"] = sum(t.bytes for t in saved.tensors) - sum(packed.values())
@@ -110,7 +111,7 @@ def planned_totals(
         if record["format"] != "float32":
             format = AffineFormat(record["bits"], record["group"], record["symmetric"])
             for key, value in bytes_of(*record["shape"], format).items():
-                totals[key] += value
+                totals[key] += record["experts"] * value
     return totals
 
 
@@ -120,13 +121,17 @@ def packed_totals(model: ir.Model) -> dict[str, int]:
     totals = dict.fromkeys(KINDS, 0)
     seen: set[int] = set()
     for node in model.graph.all_nodes():
-        if node.domain != DOMAIN or id(node.inputs[1]) in seen:
+        if node.domain != DOMAIN:
             continue
-        seen.add(id(node.inputs[1]))
         names = [i.name for i in by_name[node.op_type].inputs]
+        codes = node.inputs[names.index("codes")]
+        if id(codes) in seen:
+            continue
+        seen.add(id(codes))
         symmetric = len(node.inputs) <= names.index("zeros") or node.inputs[names.index("zeros")] is None
         attribute = node.attributes.get_int
         format = AffineFormat(attribute("bits"), attribute("group"), symmetric)
+        experts = attribute("experts") if "experts" in node.attributes else 1
         for key, value in layout.packed_bytes(attribute("n"), attribute("k"), format).items():
-            totals[key] += value
+            totals[key] += experts * value
     return totals

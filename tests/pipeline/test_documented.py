@@ -74,7 +74,7 @@ def test_layers(partly: Path) -> None:
     assert set(quantized) == every
     assert (in_float["format"], in_float["reason"]) == ("float32", "the recipe keeps it in float")
     assert set(in_float) == {
-        "name", "kind", "role", "shape", "format", "bits_per_weight", "bytes", "float_bytes", "input_group",
+        "name", "kind", "role", "shape", "experts", "format", "bits_per_weight", "bytes", "float_bytes", "input_group",
         "tie_group", "reason",
     }  # fmt: skip
     assert left["left_in_float"] == [{"name": "4", "bytes": 4 * 33 * 5, "reason": "the recipe keeps it in float"}]
