@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qcompiler.passes.observe.calibrate_ranges import CalibrateRanges
+from qcompiler.passes.observe.find_outliers import FindOutliers
+from qcompiler.passes.observe.place_observers import PlaceObservers
+from qcompiler.passes.solve.bias_correction import BiasCorrection
+from qcompiler.passes.solve.clip_search import ClipSearch
+from qcompiler.passes.solve.distill_blocks import DistillBlocks
 from qcompiler.passes.solve.gptq import Gptq
 from qcompiler.passes.solve.round_to_nearest import RoundToNearest
 from qcompiler.pipeline.passes import Pass
@@ -12,7 +18,10 @@ if TYPE_CHECKING:
     from qcompiler.recipe.schema import Recipe
 
 # What a recipe may name under `passes`.
-RECIPE_PASSES: dict[str, type[Pass]] = {cls.name: cls for cls in (Gptq, RoundToNearest)}
+RECIPE_PASSES: dict[str, type[Pass]] = {
+    cls.name: cls
+    for cls in (BiasCorrection, CalibrateRanges, ClipSearch, FindOutliers, Gptq, PlaceObservers, RoundToNearest)
+}
 
 
 def pipeline(recipe: Recipe) -> tuple[list[Pass], list[Pass]]:

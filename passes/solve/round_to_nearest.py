@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from qcompiler.errors import InputError
 from qcompiler.numerics import affine
+from qcompiler.numerics.stack import solve_stack
+from qcompiler.passes.solve.weights import quantizable_weight
 from qcompiler.pipeline.passes import Pass, Report
 
 if TYPE_CHECKING:
-    from qcompiler.graph.graph import Graph
+    from qcompiler.graph.graph import Graph, Site
+    from qcompiler.numerics.affine import AffineWeight
     from qcompiler.pipeline.context import Context
 
 
@@ -41,19 +44,28 @@ class RoundToNearest(Pass):
         for index, site in enumerate(todo):
             context.reporter.layer(index + 1, len(todo), site.name, context.schemes[site.name].weight_format.label)
             if site.tie_group is not None and site.tie_group in by_storage:
-                solution = context.solutions[by_storage[site.tie_group]]  # one storage, one packed tensor
+                # one storage, one packed tensor
+                context.solutions.keep(site.name, context.solutions[by_storage[site.tie_group]])
             else:
-                weight = graph.constant(site.weight).detach()
                 try:
-                    scheme = context.schemes[site.name]
-                    solution = affine.fit(weight, scheme.weight_format, self.clipping, self.norm, scheme.per_tensor)
+                    solution, sqnr = self._solve(graph, context, site)
                 except ValueError as error:
                     raise InputError(f"layer {site.name}: {error}") from error
-                report.layers[site.name] = {"weight_sqnr_db": affine.sqnr_db(weight, solution.dequantize())}
+                report.layers[site.name] = {"weight_sqnr_db": sqnr}
+                context.solutions[site.name] = solution
             if site.tie_group is not None:
                 first = by_storage.setdefault(site.tie_group, site.name)
                 report.layers[site.name] = dict(report.layers[first])
-            context.solutions[site.name] = solution
             report.layers[site.name] |= {"method": self.name, "clipping": self.clipping}
             report.changed += 1
         return report
+
+    def _solve(self, graph: Graph, context: Context, site: Site) -> tuple[AffineWeight, float]:
+        """The solution and its SQNR in dB; no weight is held while the next is read."""
+        scheme = context.schemes[site.name]
+        fit = lambda w: affine.fit(w, scheme.weight_format, self.clipping, self.norm, scheme.per_tensor)  # noqa: E731
+        if site.kind == "experts":
+            return solve_stack(graph.matrices(site), fit)
+        weight = quantizable_weight(graph, context, site)
+        solution = fit(weight)
+        return solution, affine.weight_sqnr_db(weight, solution)

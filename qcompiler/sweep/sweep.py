@@ -187,6 +187,11 @@ class Segment:
         """The site's bias, range or format changed: make its product anew."""
         self._products[site.node] = product(self._sweep.graph, site, self._sweep.context)
 
+    def shift(self, site: Site, by: torch.Tensor) -> None:
+        """Add `by` `[n]` to a solved site's bias, in the main stream alone: the graph's bias is the float stream's too."""
+        made = self._products[site.node]
+        self._products[site.node] = lambda x, weight=None, bias=None: made(x, weight, by if bias is None else bias + by)
+
     def finish(self, outputs: list[Values]) -> None:
         """Run every sample to the end and keep what later segments need. The sweep calls it."""
         wanted = list(self._stretch.outputs)
