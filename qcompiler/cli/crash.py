@@ -18,7 +18,7 @@ from qcompiler.report.environment import package_versions
 SCHEMA = 1
 
 # Messages of errors raised while texts are handled may quote them; for these commands only types and places are kept.
-_HANDLES_TEXT = ("run", "eval")
+_HANDLES_TEXT = ("run", "eval", "compare", "sensitivity")
 
 
 def write(error: BaseException, argv: Sequence[str], options: argparse.Namespace) -> str:

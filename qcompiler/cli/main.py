@@ -13,7 +13,21 @@ from typing import NoReturn
 from qcompiler.artifact.files import disk_full
 from qcompiler.artifact.interrupt import Terminated, sigterm_raises
 from qcompiler.artifact.manifest import version
-from qcompiler.cli import bench, compile, crash, diff, doctor, eval, inspect, library, repack, run, verify
+from qcompiler.cli import (
+    bench,
+    compare,
+    compile,
+    crash,
+    diff,
+    doctor,
+    eval,
+    inspect,
+    library,
+    repack,
+    run,
+    sensitivity,
+    verify,
+)
 from qcompiler.errors import CapacityError, QCompilerError, UsageError
 
 INTERRUPTED = 130
@@ -31,7 +45,7 @@ exit codes:
   130  interrupted (Ctrl-C or SIGTERM); nothing was saved
 """
 
-_COMMANDS = (compile, run, eval, inspect, diff, verify, bench, doctor, library, repack)
+_COMMANDS = (compile, run, eval, compare, sensitivity, inspect, diff, verify, bench, doctor, library, repack)
 
 
 class _Parser(argparse.ArgumentParser):

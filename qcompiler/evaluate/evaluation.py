@@ -1,19 +1,20 @@
 """Evaluate a model on a text, alone or against the float model that it was compiled from.
 
-Both see the same text in the same windows, one window at a time: never more than one window's outputs are held.
+All see the same text in the same windows, one window at a time: never more than one window's outputs are held.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qcompiler.errors import GateError, InputError, UsageError
+from qcompiler.errors import GateError, InputError, QCompilerError, UsageError
 from qcompiler.evaluate.metrics import Mean, OutputError, token_divergence, token_nll
 from qcompiler.evaluate.targets import LOGITS, Target, open_target
 from qcompiler.evaluate.text import Text, as_text, evaluation_text
@@ -73,47 +74,117 @@ def evaluate(
         InputError: a model or text cannot be read, or the text is too short to score a token.
         GateError: NaN or infinity in an output; the message names the window.
     """
-    if max_windows is not None and max_windows < 1:
-        raise UsageError(f"max_windows is {max_windows}, expected at least 1")
-    source = as_text(text, evaluation_text)
+    source = _source(text, max_windows)
     with _threads(threads):
         models = [open_target(model, threads) for model in (target, against) if model is not None]
-        tokens = _tokens(models, tokenizer, source)
-        length = choose_context(context, [model.context.within(tokens.limit) for model in models])
-        ids = tokens.encode(source.content)
-        # What stands before a text begins every window. What stands after it would be scored as text, so it is left to
-        # models that are not asked for the next token.
-        marks = (tokens.prefix, () if models[0].causal is not False else tokens.suffix)
-        windows = list(islice(cut(ids, length, stride, *marks), max_windows))
-        if not windows:
-            raise InputError(f"{source.description}: {len(ids)} tokens are too few to score one")
-        return {
-            "schema": SCHEMA,
-            "kind": "language-model",
-            "target": models[0].label,
-            "text": source.description,
-            "context": length,
-            "stride": length if stride is None else stride,
-            "windows": len(windows),
-            "tokens": sum(window.last - window.first for window in windows),
-            **_measure(models, windows, tokens, reporter),
-        }
-
-
-def _measure(models: list[Target], windows: list[Window], tokens: Tokens, reporter: Reporter | None) -> dict[str, Any]:
-    scores: _Scores | _Outputs | None = None
-    if reporter is not None:
-        reporter.stage("evaluate")
-    for window in windows:
-        outputs = [_run(model, window) for model in models]
-        if scores is None:
-            causal = all(_predicts(model, output, tokens) for model, output in zip(models, outputs, strict=True))
-            scores = _Scores(models) if causal else _Outputs(models)
-        scores.add(window, outputs)
+        plan = _plan(models, source, context, stride, max_windows, tokenizer)
         if reporter is not None:
-            reporter.layer(window.index + 1, len(windows), f"window {window.index + 1}", scores.progress())
-    assert scores is not None
-    return scores.result()
+            reporter.stage("evaluate")
+        (result,) = _measure([models[0]], models[1] if len(models) == 2 else None, plan, reporter)
+    if isinstance(result, QCompilerError):
+        raise result
+    return result
+
+
+def evaluate_each(
+    targets: Sequence[Any],
+    against: Any,
+    text: Text | str | os.PathLike | Iterable[str | os.PathLike] | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    reporter: Reporter | None = None,
+    threads: int | None = None,
+) -> list[dict[str, Any] | QCompilerError]:
+    """`evaluate` for several targets against one model, which runs over the text once for all of them.
+
+    Returns:
+        For each target what `evaluate` returns, or the error that it alone ended with; the others are measured on.
+
+    Raises:
+        QCompilerError: as `evaluate`, where the text, the windows or `against` are to blame.
+    """
+    source = _source(text, max_windows)
+    with _threads(threads):
+        models = [open_target(model, threads) for model in (*targets, against)]
+        plan = _plan(models, source, context, stride, max_windows, None)
+        return _measure(models[:-1], models[-1], plan, reporter)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is run: the windows, their tokenizer, and the part of every result that says so."""
+
+    windows: list[Window]
+    tokens: Tokens
+    setting: dict[str, Any]
+
+
+def _source(text: Any, max_windows: int | None) -> Text:
+    """The text; what is wrong with the call itself is said before a model is read."""
+    if max_windows is not None and max_windows < 1:
+        raise UsageError(f"max_windows is {max_windows}, expected at least 1")
+    return as_text(text, evaluation_text)
+
+
+def _plan(
+    models: list[Target], source: Text, context: int | None, stride: int | None, max_windows: int | None, tokenizer: Any
+) -> _Plan:
+    tokens = _tokens(models, tokenizer, source)
+    length = choose_context(context, [model.context.within(tokens.limit) for model in models])
+    ids = tokens.encode(source.content)
+    # What stands before a text begins every window. What stands after it would be scored as text, so it is left to
+    # models that are not asked for the next token.
+    marks = (tokens.prefix, () if models[0].causal is not False else tokens.suffix)
+    windows = list(islice(cut(ids, length, stride, *marks), max_windows))
+    if not windows:
+        raise InputError(f"{source.description}: {len(ids)} tokens are too few to score one")
+    setting = {
+        "text": source.description,
+        "context": length,
+        "stride": length if stride is None else stride,
+        "windows": len(windows),
+        "tokens": sum(window.last - window.first for window in windows),
+    }
+    return _Plan(windows, tokens, setting)
+
+
+def _measure(
+    targets: Sequence[Target], against: Target | None, plan: _Plan, reporter: Reporter | None
+) -> list[dict[str, Any] | QCompilerError]:
+    scores: list[_Scores | _Outputs | QCompilerError | None] = [None] * len(targets)
+    for window in plan.windows:
+        expected = None if against is None else _run(against, window)
+        for i, target in enumerate(targets):
+            if not isinstance(scores[i], QCompilerError):
+                try:
+                    scores[i] = _add(scores[i], target, against, window, expected, plan.tokens)
+                except QCompilerError as error:
+                    scores[i] = error
+        alive = [score for score in scores if isinstance(score, (_Scores, _Outputs))]
+        if alive and reporter is not None:
+            reporter.layer(window.index + 1, len(plan.windows), f"window {window.index + 1}", alive[0].progress())
+    return [
+        {"schema": SCHEMA, "kind": "language-model", "target": target.label, **plan.setting, **score.result()}
+        if isinstance(score, (_Scores, _Outputs))
+        else score
+        for target, score in zip(targets, scores, strict=True)
+        if score is not None
+    ]
+
+
+def _add(
+    score: _Scores | _Outputs | None, target: Target, against: Target | None, window: Window, expected: Any, tokens: Tokens
+) -> _Scores | _Outputs:
+    """Score one window of one target; the first one decides of which kind the scores are."""
+    models, outputs = [target], [_run(target, window)]
+    if against is not None:
+        models, outputs = [*models, against], [*outputs, expected]
+    if score is None:
+        causal = all(_predicts(model, output, tokens) for model, output in zip(models, outputs, strict=True))
+        score = _Scores(models) if causal else _Outputs(models)
+    score.add(window, outputs)
+    return score
 
 
 class _Scores:
@@ -244,18 +315,18 @@ def _tokens(models: list[Target], given: Any, text: Text) -> Tokens:
     """The one tokenizer for all models."""
     if given is not None:
         return load_tokens(given)
-    own = [model for model in models if model.tokens is not None]
+    own = [(model, model.tokens) for model in models if model.tokens is not None]
     if not own:
         names = " and ".join(model.name for model in models)
         raise UsageError(f"{names} come{'s' if len(models) == 1 else ''} without a tokenizer: give one (tokenizer)")
-    first, other = own[0], own[-1]
-    assert first.tokens is not None and other.tokens is not None
-    if not same_tokens(first.tokens, other.tokens, text.content[:_SAMPLE_CHARACTERS]):
-        raise UsageError(
-            f"{first.name} and {other.name} have different tokenizers, so they cannot be compared token by token; "
-            "expected a model and what was compiled from it"
-        )
-    return first.tokens
+    (first, tokens), *others = own
+    for model, other in others:
+        if not same_tokens(tokens, other, text.content[:_SAMPLE_CHARACTERS]):
+            raise UsageError(
+                f"{first.name} and {model.name} have different tokenizers, so they cannot be compared token by token; "
+                "expected a model and what was compiled from it"
+            )
+    return tokens
 
 
 @contextmanager

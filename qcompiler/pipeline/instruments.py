@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:
     from qcompiler.graph.graph import Graph
@@ -41,13 +41,45 @@ class PeakMemory:
     """
 
     def before(self, graph: Graph) -> None:
-        try:
-            _CLEAR.write_text("5")
-        except OSError:
-            pass  # not Linux, or not allowed: the figure is then the whole process's
+        _forget_peak()  # not Linux, or not allowed: the figure is then the whole process's
 
     def after(self, graph: Graph) -> dict[str, Any]:
         return {"peak_rss_bytes": peak_rss_bytes()}
+
+
+# The most of the peaks that were forgotten since the innermost `HighestPeak` began.
+_highest = 0
+
+
+def _forget_peak() -> bool:
+    """Begin a new peak; False where the system cannot."""
+    global _highest
+    _highest = max(_highest, peak_rss_bytes())
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+class HighestPeak:
+    """Context manager: the most memory that the process held during a block, in which `PeakMemory` may watch single passes.
+
+    Attributes:
+        bytes: None before the end, and where the system cannot forget the peak from before the block.
+    """
+
+    bytes: int | None = None
+
+    def __enter__(self) -> Self:
+        global _highest
+        self._known = _forget_peak()
+        _highest = 0
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._known:
+            self.bytes = max(_highest, peak_rss_bytes())
 
 
 def peak_rss_bytes() -> int:

@@ -20,7 +20,9 @@ from qcompiler.cli.main import EXIT_CODES, build_parser
 from tests.cli.process import ROOT, environment, qcompiler
 from tests.report import fake
 
-COMMANDS = ("compile", "run", "eval", "inspect", "diff", "verify", "bench", "doctor", "library", "repack")
+COMMANDS = (
+    "compile", "run", "eval", "compare", "sensitivity", "inspect", "diff", "verify", "bench", "doctor", "library", "repack",
+)  # fmt: skip
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
@@ -160,7 +162,7 @@ def test_help_lists_commands_and_exit_codes(capsys: pytest.CaptureFixture[str]) 
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     for command in COMMANDS:
-        assert re.search(rf"^    {command} ", text, re.M)
+        assert re.search(rf"^    {command}( |$)", text, re.M)
         assert main([command, "--help"]) == 0
     for code in ("0", "1", "2", "3", "4", "5", "6", "75", "130"):
         assert re.search(rf"^  {code} +\w", text, re.M)

@@ -1,0 +1,78 @@
+"""Run a captured graph up to any point, and from there more than once."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+from torch.utils import _pytree
+
+from qcompiler.graph.constants import attribute
+from qcompiler.graph.graph import Graph
+
+
+class PartialRun:
+    """What a graph's first output needs (a decoder's logits; its cache is left out), to be run from and to any point.
+
+    An environment maps nodes to values: those that are alive at that point, constants left out.
+
+    Attributes:
+        nodes: the calls, in order.
+        position: where in `nodes` each of them is.
+        output: the node of the first output.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        everything = graph.nodes
+        self.output = next(leaf for leaf in _pytree.tree_leaves(everything[-1].args) if isinstance(leaf, Node))
+        writers = [n for n in everything if getattr(getattr(n.target, "_schema", None), "is_mutable", False)]
+        # What writes into a value is needed though nobody may read what it returns.
+        needed: set[Node] = set()
+        todo = [self.output, *writers]
+        while todo:
+            node = todo.pop()
+            if node not in needed:
+                needed.add(node)
+                todo += node.all_input_nodes
+        self.nodes = [n for n in everything if n in needed and n.op not in ("placeholder", "get_attr")]
+        self.position = {node: i for i, node in enumerate(self.nodes)}
+        last = {value: i for i, node in enumerate(self.nodes) for value in node.all_input_nodes}
+        self.ends: dict[int, list[Node]] = {}
+        for value, i in last.items():
+            if value is not self.output:
+                self.ends.setdefault(i, []).append(value)
+        self.placeholders = [n for n in everything if n.op == "placeholder"]
+        self._writes = bool(writers)
+
+    def begin(self, inputs: dict[str, Any]) -> dict[Node, Any]:
+        """The environment before the first node; `inputs` are the graph's keyword arguments."""
+        return dict(zip(self.placeholders, _pytree.tree_leaves(inputs), strict=True))
+
+    def run(self, env: dict[Node, Any], start: int, stop: int | None, weight: torch.Tensor | None = None) -> None:
+        """Run nodes `start` up to `stop` (None: to the end) in `env`, and drop what is not read any more.
+
+        `weight` replaces the second argument of the first of them.
+        """
+        for i in range(start, len(self.nodes) if stop is None else stop):
+            node = self.nodes[i]
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: self._value(n, env))
+            if weight is not None and i == start:
+                args = (args[0], weight, *args[2:])
+            assert callable(node.target)
+            env[node] = node.target(*args, **kwargs)
+            for value in self.ends.get(i, ()):
+                env.pop(value, None)
+
+    def branch(self, env: dict[Node, Any]) -> dict[Node, Any]:
+        """A copy of `env` to go on from; tensors are shared unless nodes of this graph write into their arguments."""
+        return copy.deepcopy(env, {id(node): node for node in env}) if self._writes else dict(env)
+
+    def _value(self, node: Node, env: dict[Node, Any]) -> Any:
+        if node.op != "get_attr":
+            return env[node]
+        held = attribute(self.graph.module, str(node.target))
+        return self.graph.constant(str(node.target)) if isinstance(held, torch.Tensor) else held
