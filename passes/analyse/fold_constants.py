@@ -8,7 +8,6 @@ import torch
 from torch.fx import Node
 
 from qcompiler.graph.constants import storage_key
-from qcompiler.graph.edit import args
 from qcompiler.graph.graph import Graph
 from qcompiler.graph.text import module_path
 from qcompiler.passes.analyse.fold_shapes import Sizes, run
@@ -104,21 +103,3 @@ class Sharing:
         if len(readers) > 1:
             return f"{name} is read in {len(readers)} places: {', '.join(readers)}"
         return None
-
-
-def expert_columns(node: Node) -> Node | None:
-    """The constant of a product with groups of rows, when its last axis is the one that is summed over; else None."""
-    weight = args(node)[1]
-    if not isinstance(weight, Node) or weight.op != "call_function" or len(weight.users) != 1:
-        return None
-    source = args(weight)[0]
-    rank = len(weight.meta["val"].shape)
-    swaps = weight.target is aten.mT.default or (
-        weight.target is aten.transpose.int and sorted(axis % rank for axis in args(weight)[1:]) == [rank - 2, rank - 1]
-    )
-    return source if swaps and isinstance(source, Node) and source.op == "get_attr" else None
-
-
-def is_grouped(node: Node) -> bool:
-    """A product of groups of rows with a matrix each: an op of PyTorch or of transformers."""
-    return isinstance(node.target, torch._ops.OpOverload) and "grouped_mm" in node.target._schema.name

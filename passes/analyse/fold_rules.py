@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from qcompiler.graph.edit import args
 from qcompiler.graph.text import module_path, op_name
+from qcompiler.ops.observe import OBSERVE
 from qcompiler.passes.analyse.fold_constants import CASTS, MOVES
 from qcompiler.passes.analyse.fold_shapes import run
 from qcompiler.passes.analyse.walk import ATTENTIONS
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 _HOMOGENEOUS = frozenset({aten.relu.default, aten.leaky_relu.default})
-_SAME = frozenset({aten.neg.default, aten.mul.Scalar, aten.div.Scalar, aten.dropout.default})
+_SAME = frozenset({aten.neg.default, aten.mul.Scalar, aten.div.Scalar, aten.dropout.default, OBSERVE})
 _REDUCING = frozenset({aten.sum.dim_IntList, aten.mean.dim})
 _NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default})
 
@@ -189,7 +190,7 @@ def _attention(trace: Trace, node: Node, passed: frozenset[str]) -> Result:
         if labels is not None:
             trace.stop(labels, reason)
     if value is None:
-        raise Blocked(reason)
+        return torch.full(trace.sizes.shape(node), -1, dtype=torch.int64), NOTHING
     if not _constant_along(value, -2):
         raise Blocked(f"{_name(node)} mixes tokens whose scales differ")
     value = value.narrow(-2, 0, 1)

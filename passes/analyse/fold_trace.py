@@ -19,8 +19,9 @@ from torch.fx import Node
 from qcompiler.graph.edit import args
 from qcompiler.graph.graph import Graph
 from qcompiler.graph.text import module_path, op_name
+from qcompiler.ops.experts_linear import EXPERTS_LINEAR
 from qcompiler.passes.analyse import fold_rules
-from qcompiler.passes.analyse.fold_constants import ConstantView, Sharing, constant_view, expert_columns, is_grouped
+from qcompiler.passes.analyse.fold_constants import ConstantView, Sharing, constant_view
 from qcompiler.passes.analyse.fold_shapes import Sizes
 
 aten = torch.ops.aten
@@ -138,7 +139,7 @@ class Trace:
             if node.op == "output":
                 self._check_outputs(inputs)
                 return
-            if node.target is aten.linear.default or is_grouped(node):
+            if node.target in (aten.linear.default, EXPERTS_LINEAR):
                 self._reach(node, passed)
                 return
             value, through = fold_rules.propagate(self, node, passed)
@@ -162,26 +163,16 @@ class Trace:
     def _reach(self, node: Node, passed: frozenset[str]) -> None:
         """The scaled axis ends here, if it is the one that is summed over and the weight can take the factors."""
         labels = self.labels(args(node)[0])
-        weight: Any = args(node)[1]
+        weight: Any = args(node)[1 if node.target is aten.linear.default else 2]
         if labels is None or any(self.labels(other) is not None for other in args(node)[1:]):
             raise fold_rules.Blocked(f"{describe(node)} reads the scaled value as something else than its input")
         columns = labels.reshape(-1, labels.shape[-1])
         if bool((columns != columns[:1]).any()):
             raise fold_rules.Blocked(f"the channels of the input of {describe(node)} differ from token to token")
-        name = None
-        if is_grouped(node):
-            constant = expert_columns(node)
-            if constant is None:
-                problem = f"the experts' weights in {module_path(node)} cannot be rescaled: their inputs are not the last axis"
-            else:
-                name = str(constant.target)
-                problem = self.around.sharing.problem(name)
-        elif weight.op != "get_attr":
-            problem = f"the weight of {describe(node)} is computed"
-        else:
-            name = str(weight.target)
-            problem = self.around.sharing.problem(name)
-        self.reached.append(Reached(node, name or "", columns[0], passed))
+        if weight.op != "get_attr":
+            raise fold_rules.Blocked(f"the weight of {describe(node)} is computed")
+        self.reached.append(Reached(node, str(weight.target), columns[0], passed))
+        problem = self.around.sharing.problem(str(weight.target))
         if problem is not None:
             raise fold_rules.Blocked(problem)
 

@@ -21,7 +21,8 @@ import torch
 from torch.fx import Node
 
 from qcompiler.graph.edit import args
-from qcompiler.graph.graph import Graph
+from qcompiler.graph.graph import Graph, Site
+from qcompiler.ops.experts_linear import EXPERTS_LINEAR
 from qcompiler.passes.analyse.find_groups import input_value
 from qcompiler.passes.analyse.fold_constants import ConstantView, constant_view
 from qcompiler.passes.analyse.fold_trace import Reached, Surroundings, Trace, describe
@@ -54,7 +55,7 @@ class Multiplied:
 
     Attributes:
         name: of the weight.
-        site: name of the site, or None for a weight that is no site (experts' matrices).
+        site: name of the site, or None for a weight that is no site.
         channels: int64 `[k]`: which s multiplies each column.
     """
 
@@ -141,8 +142,8 @@ def find_folds(graph: Graph, gated_attention: bool = False) -> tuple[list[Fold],
                     name = sites[reached.node]
                     refused.setdefault(name, Refusal(name, source.name, problem))
     done = {name for fold in folds for name in fold.sites}
-    linears = [site for site in graph.sites if site.kind == "linear" and site.name not in done]
-    return folds, [refused.get(s.name) or Refusal(s.name, "", _nearest(around, input_value(s))) for s in linears]
+    linears = [site for site in graph.sites if site.kind != "embedding" and site.name not in done]
+    return folds, [refused.get(s.name) or Refusal(s.name, "", _nearest(around, s)) for s in linears]
 
 
 def _sources(around: Surroundings, sites: dict[Node, str]) -> list[_Source]:
@@ -249,15 +250,18 @@ def _kind(source: _Source, passed: frozenset[str]) -> Kind:
     return "relu" if "relu" in passed else "linear-linear"
 
 
-def _nearest(around: Surroundings, value: Node) -> str:
-    """What stopped the scales that could have come to this value: the nearest of them."""
+def _nearest(around: Surroundings, site: Site) -> str:
+    """What stopped the scales that could have come to the site: the nearest to it."""
+    if site.node in around.blocked:
+        return around.blocked[site.node]
+    value = input_value(site)
     queue, seen = [value], {value}
     while queue:
         node = queue.pop(0)
         if node in around.blocked:
             return around.blocked[node]
-        if node.op == "call_function" and node.target is aten.linear.default:
-            continue
+        if node.target in (aten.linear.default, EXPERTS_LINEAR):
+            return f"the rows of {describe(node)} cannot be scaled on their own"
         origins = node.all_input_nodes
         if node.target in ATTENTIONS | PRODUCTS:  # the values, not what weighs them
             origins = [factor for factor in args(node)[:3] if isinstance(factor, Node)][-1:]
