@@ -1,6 +1,8 @@
 """Replace every solved site by the op that reads its packed weight.
 
-linear(x, W, b)   ─▶  qcompiler::linear_nbit(x, codes, scales[, zeros], b)
+linear(x, W, b)   ─▶  qcompiler::linear_nbit(x, codes, scales[, zeros], b[, static range])
+linear(x, W, b)   ─▶  qcompiler::linear_mixed(x, codes, scales[, zeros], columns, outliers, b[, static range])
+experts_linear(x, i, W, b) ─▶  qcompiler::linear_experts_nbit(x, i, codes, scales[, zeros], b)
 embedding(W, ids) ─▶  qcompiler::embedding_nbit(ids, codes, scales[, zeros])
 """
 
@@ -12,27 +14,25 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from qcompiler.graph import constants
+from qcompiler.graph.mapped import kept
 from qcompiler.ops import layout
-from qcompiler.ops.formats import LAYOUT_VERSION
+from qcompiler.ops.spec import SPECS
 from qcompiler.ops.torch_ops import overload
+from qcompiler.passes.rewrite.site_product import WEIGHT, attributes, op_name, own_bytes, own_tensors, pack
 from qcompiler.pipeline.passes import Pass, Report, Skip
 
 if TYPE_CHECKING:
     from qcompiler.graph.graph import Graph, Site
-    from qcompiler.numerics.affine import AffineWeight
     from qcompiler.pipeline.context import Context
 
 
-def pack(solution: AffineWeight) -> dict[str, torch.Tensor]:
-    """Codes, scales and zero points in the layout of the kernels (docs/layout.md), by input name."""
-    bits = solution.format.bits
-    packed = {
-        "codes": layout.pack_codes(solution.codes.numpy(), bits),
-        "scales": layout.pack_scales(solution.scales.numpy()),
-    }
-    if solution.zeros is not None:
-        packed["zeros"] = layout.pack_zeros(solution.zeros.numpy(), bits)
-    return {name: torch.from_numpy(array) for name, array in packed.items()}
+def packed(site: str, context: Context) -> dict[str, torch.Tensor]:
+    """What `pack` makes of the site's solution; made once a solution, mapped from files in `context.scratch`."""
+    solution = context.solutions[site]
+    held = context.packed.get(id(solution))
+    if held is None or held[0] is not solution:
+        held = context.packed[id(solution)] = (solution, kept(pack(solution), context.scratch, site))
+    return held[1]
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,27 @@ class QuantizeSites(Pass):
                 continue
             owner = site.name if site.tie_group is None else owners.setdefault(site.tie_group, site.name)
             if owner == site.name:
-                for name, tensor in pack(solution).items():
+                for name, tensor in packed(site.name, context).items():
                     constants.add_buffer(graph.module, f"{owner}.{name}", tensor)
-            self._replace(graph, site, owner, solution, context)
-            sizes = layout.packed_bytes(*site.shape, solution.format)
+            scheme = context.schemes[site.name]
+            weight = graph.constant(site.weight) if site.name in context.outliers else None
+            own = own_tensors(site, solution, scheme, context, weight)
+            for name, tensor in own.items():
+                constants.add_buffer(graph.module, f"{site.name}.{name}", tensor)
+            self._replace(graph, site, owner, own, attributes(site, solution, scheme))
+            beside = own_bytes(site, own)
+            packed_size = site.experts * sum(layout.packed_bytes(*site.shape, solution.format).values())
+            size = packed_size + sum(beside.values())
             report.layers[site.name] = {
                 "format": solution.format.label,
-                "bytes": sum(sizes.values()),
-                "bits_per_weight": round(8 * sum(sizes.values()) / (site.shape[0] * site.shape[1]), 4),
+                "bytes": size,
+                "bits_per_weight": round(8 * size / site.size, 4),
                 "packed_as": owner,
             }
+            if beside:
+                report.layers[site.name]["beside"] = beside
+            if "columns" in own:
+                report.layers[site.name]["outlier_columns"] = len(own["columns"])
             report.changed += 1
         graph.module.graph.eliminate_dead_code()
         report.notes["dropped_constants"] = len(constants.drop_unused(graph.module))
@@ -70,26 +81,26 @@ class QuantizeSites(Pass):
         return report
 
     @staticmethod
-    def _replace(graph: Graph, site: Site, owner: str, solution: AffineWeight, context: Context) -> None:
+    def _replace(
+        graph: Graph, site: Site, owner: str, own: dict[str, torch.Tensor], attributes: dict[str, int]
+    ) -> None:
+        """Put the site's op in its place; `owner` holds the packed weight, the site itself everything else."""
         node, fx = site.node, graph.module.graph
-        n, k = site.shape
-        format = solution.format
+        spec = SPECS[op_name(site, own)]
+        if site.kind == "embedding":
+            given = {"indices": node.args[1]}
+        elif site.kind == "experts":
+            given = dict(zip(("x", "expert", "bias"), (*node.args[:2], *node.args[3:]), strict=False))
+        else:
+            given = {"x": node.args[0], "bias": node.args[2] if len(node.args) > 2 else None}
         with fx.inserting_before(node):
-            names = ["codes", "scales"] + ([] if solution.zeros is None else ["zeros"])
-            packed = {name: fx.get_attr(f"{owner}.{name}") for name in names}
-            for name, constant in packed.items():
-                constant.meta["val"] = constants.attribute(graph.module, f"{owner}.{name}")
-            sizes = (format.bits, format.group, n, k)
-            tensors = (packed["codes"], packed["scales"], packed.get("zeros"))
-            if site.kind == "embedding":
-                arguments = (node.args[1], *tensors, *sizes, LAYOUT_VERSION)
-                new = fx.call_function(overload("embedding_nbit"), arguments)
-            else:
-                bias = node.args[2] if len(node.args) > 2 else None
-                activation = int(context.schemes[site.name].activation)
-                new = fx.call_function(
-                    overload("linear_nbit"), (node.args[0], *tensors, bias, *sizes, activation, LAYOUT_VERSION)
-                )
+            for name in (i.name for i in spec.inputs):
+                held = f"{owner if name in WEIGHT else site.name}.{name}"
+                if name not in given and constants.has_attribute(graph.module, held):
+                    given[name] = fx.get_attr(held)
+                    given[name].meta["val"] = constants.attribute(graph.module, held)
+            inputs = [given.get(i.name) for i in spec.inputs]
+            new = fx.call_function(overload(spec.name), (*inputs, *(attributes[name] for name in spec.attributes)))
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         fx.erase_node(node)

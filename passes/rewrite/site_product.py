@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qcompiler.errors import GateError, InputError
+from qcompiler.errors import GateError, InputError, UnsupportedError
 from qcompiler.numerics.stack import matrices
 from qcompiler.ops import layout
 from qcompiler.ops.activation_range import INPUTS, range_inputs
@@ -53,9 +53,14 @@ def own_tensors(
 
     Raises:
         GateError: static activations without a calibrated range.
+        UnsupportedError: static activations of experts.
         InputError: a range or columns that the op does not take.
     """
     tensors: dict[str, torch.Tensor] = {}
+    if site.kind == "experts" and scheme.activation is Activation.INT8_STATIC:
+        raise UnsupportedError(
+            f"layer {site.name}: experts take no int8-static activations; nearest: int8-block128 or int8-token"
+        )
     if site.kind != "linear":
         return tensors
     try:

@@ -1,6 +1,8 @@
 """Lower our ops to those that an unmodified ONNX Runtime runs well on a CPU.
 
     ai.qcompiler::LinearNBit     ─▶  com.microsoft::MatMulNBits   (int8 activations: accuracy_level 4)
+      static int8 activations    ─▶  QuantizeLinear + com.microsoft::MatMulIntegerToFloat   (8 bits, one scale a row)
+    ai.qcompiler::LinearMixed    ─▶  the same of x without its outlier columns, + MatMul of those
     ai.qcompiler::EmbeddingNBit  ─▶  Gather + unpack + scale
 
 `MatMulNBits` wants one scale a block of a power of two: a scale of the whole row is repeated for its blocks. Its int8 activations
@@ -9,12 +11,13 @@ have one scale a block of the weight, where ours have one a token or per 128 inp
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from qcompiler.errors import UnsupportedError
+from qcompiler.lower.stock_products import StaticMatrix, initializer, inputs_of, read_bytes, takes_static, without_outliers
 from qcompiler.ops import layout
 from qcompiler.ops.formats import Activation, AffineFormat
 from qcompiler.ops.spec import DOMAIN
@@ -35,8 +38,17 @@ def check_recipe(recipe: Recipe) -> None:
     parts = {"linear": recipe.linear, "embed": recipe.embed, "head": recipe.head}
     parts |= {f"overrides.{i}": o.scheme for i, o in enumerate(recipe.overrides)}
     for name, scheme in parts.items():
-        if isinstance(scheme, Scheme) and scheme.bits not in BITS:
-            format = scheme.weight_format
+        if not isinstance(scheme, Scheme):
+            continue
+        format = scheme.weight_format
+        if scheme.activation is Activation.INT8_STATIC and name != "embed" and not takes_static(format):
+            row = replace(format, bits=8, group=0).label
+            raise UnsupportedError(
+                f"recipe {recipe.name}: {name}: stock ONNX Runtime has no kernel for {format.label} with int8-static "
+                f"activations; nearest: {row} with int8-static, or {format.label} with int8-block128. "
+                "The target `onnx` runs it with our op library"
+            )
+        if scheme.bits not in BITS:
             near = [replace(format, bits=bits).label for bits in (format.bits + 1, format.bits - 1)]
             raise UnsupportedError(
                 f"recipe {recipe.name}: {name}: stock ONNX Runtime has no kernel for {format.label}; "
@@ -51,6 +63,8 @@ class StockWeight:
     Attributes:
         codes, scales, zeros: initializers; no zeros where the format is symmetric.
         points: zero points as an embedding looks them up, one byte each; made when the first one does.
+        matrix: the weight once more, as a product with static activations reads it; made when the first one does.
+        beside: bytes of what sites have beside the weight, by kind.
     """
 
     n: int
@@ -61,15 +75,19 @@ class StockWeight:
     scales: ir.Value
     zeros: ir.Value | None
     points: ir.Value | None = None
+    matrix: StaticMatrix | None = None
+    beside: dict[str, int] = field(default_factory=dict)
 
     def bytes(self) -> dict[str, int]:
         """Size of the tensors that some node reads, by what they are."""
-        stored, codes = _read_bytes(self.codes), -(-self.n * self.k * self.bits // 8)
+        stored, matrix = read_bytes(self.codes), {} if self.matrix is None else self.matrix.bytes()
+        codes = -(-self.n * self.k * self.bits // 8) if stored else 0
         return {
-            "codes": codes,
-            "scales": _read_bytes(self.scales),
-            "zeros": _read_bytes(self.zeros) + _read_bytes(self.points),
+            "codes": codes + matrix.get("codes", 0),
+            "scales": read_bytes(self.scales) + matrix.get("scales", 0),
+            "zeros": read_bytes(self.zeros) + read_bytes(self.points) + matrix.get("zeros", 0),
             "padding": stored - codes,
+            **self.beside,
         }
 
 
@@ -86,10 +104,6 @@ def planned_bytes(n: int, k: int, format: AffineFormat) -> dict[str, int]:
     }
 
 
-def _read_bytes(value: ir.Value | None) -> int:
-    return value.const_value.nbytes if value is not None and value.uses() else 0
-
-
 def to_stock(model: ir.Model) -> dict[str, dict[str, int]]:
     """Rewrite every node of our domain; `model` is changed in place.
 
@@ -100,12 +114,13 @@ def to_stock(model: ir.Model) -> dict[str, dict[str, int]]:
     for node in list(model.graph.all_nodes()):
         if node.domain != DOMAIN:
             continue
+        if node.op_type not in _LOWER:
+            raise UnsupportedError(f"node {node.name}: the target `onnx-stock` has nothing in place of {node.op_type}")
         codes = node.inputs[1]
         if codes.name not in weights:
             weights[codes.name] = _convert(model.graph, node)
         weight = weights[codes.name]
-        lower = _linear if node.op_type == "LinearNBit" else _embedding
-        output = lower(model.graph, node, weight)
+        output = _LOWER[node.op_type](model.graph, node, weight)
         name = node.outputs[0].name
         node.outputs[0].replace_all_uses_with(output, replace_graph_outputs=True)
         output.shape, output.type = node.outputs[0].shape, node.outputs[0].type
@@ -118,13 +133,6 @@ def to_stock(model: ir.Model) -> dict[str, dict[str, int]]:
     for value in [v for v in model.graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
         del model.graph.initializers[value.name]
     return {name: weight.bytes() for name, weight in weights.items()}
-
-
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-    value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
-    graph.register_initializer(value)
-    return value
 
 
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -158,25 +166,41 @@ def _convert(graph: ir.Graph, node: ir.Node) -> StockWeight:
     if packed_zeros is not None:
         points = layout.unpack_zeros(packed_zeros.const_value.numpy(), n, bits).astype(np.int16) + shift
         packed = _pack(np.broadcast_to(points, (n, blocks)).astype(np.uint8), bits)
-        zeros = _initializer(graph, f"{base}zero_points", packed)
-    blocked, scaled = _initializer(graph, f"{base}blocks", array), _initializer(graph, f"{base}block_scales", scales)
+        zeros = initializer(graph, f"{base}zero_points", packed)
+    blocked, scaled = initializer(graph, f"{base}blocks", array), initializer(graph, f"{base}block_scales", scales)
     return StockWeight(n, k, bits, block, blocked, scaled, zeros)
 
 
 def _linear(graph: ir.Graph, node: ir.Node, weight: StockWeight) -> ir.Value:
+    given = inputs_of(node)
+    return _product(graph, node, weight, given, given["x"])
+
+
+def _mixed(graph: ir.Graph, node: ir.Node, weight: StockWeight) -> ir.Value:
+    given = inputs_of(node)
+    rest, add = without_outliers(graph, node, given, weight.beside)
+    return add(_product(graph, node, weight, given, rest))
+
+
+def _product(
+    graph: ir.Graph, node: ir.Node, weight: StockWeight, given: dict[str, ir.Value | None], x: ir.Value
+) -> ir.Value:
     attribute = node.attributes.get_int
+    if Activation(attribute("activation")) is Activation.INT8_STATIC:
+        if weight.matrix is None:
+            weight.matrix = StaticMatrix.of(graph, node, given)
+        return weight.matrix.product(graph, node, given, x, weight.beside)
     attributes = {"K": attribute("k"), "N": attribute("n"), "bits": weight.bits, "block_size": weight.block}
     if Activation(attribute("activation")) is not Activation.FLOAT:
         attributes["accuracy_level"] = INT8_ACTIVATIONS
-    inputs = [node.inputs[0], weight.codes, weight.scales]
+    inputs = [x, weight.codes, weight.scales]
     if weight.zeros is not None:
         inputs.append(weight.zeros)
     new = ir.node("MatMulNBits", inputs, attributes=attributes, domain=MICROSOFT, name=node.name)
     new.metadata_props.update(node.metadata_props)
     nodes, output = [new], new.outputs[0]
-    bias = node.inputs[4] if len(node.inputs) > 4 else None
-    if bias is not None:
-        add = ir.node("Add", [output, bias])
+    if given["bias"] is not None:
+        add = ir.node("Add", [output, given["bias"]])
         nodes, output = [new, add], add.outputs[0]
     node.graph.insert_before(node, nodes)
     return output
@@ -204,7 +228,7 @@ def _embedding(graph: ir.Graph, node: ir.Node, weight: StockWeight) -> ir.Value:
         if weight.points is None:
             points = layout.unpack_zeros(node.inputs[3].const_value.numpy(), n, weight.bits).astype(np.int16)
             wide = np.broadcast_to(points + (128 if weight.bits == 8 else 0), (n, weight.scales.shape[1]))
-            weight.points = _initializer(
+            weight.points = initializer(
                 graph, f"{weight.codes.name}_points", np.ascontiguousarray(wide.astype(np.uint8))
             )
         z = tape.op(
@@ -217,3 +241,6 @@ def _embedding(graph: ir.Graph, node: ir.Node, weight: StockWeight) -> ir.Value:
     y = tape.op("Slice", [flat, constant([0], np.int64), constant([k], np.int64), constant([rank], np.int64)])
     node.graph.insert_before(node, tape.nodes)
     return y
+
+
+_LOWER = {"LinearNBit": _linear, "LinearMixed": _mixed, "EmbeddingNBit": _embedding}

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from qcompiler.ops import SPECS, layout
-from qcompiler.ops.formats import AffineFormat
+from qcompiler.ops.activation_range import INPUTS
+from qcompiler.ops.formats import Activation, AffineFormat
+from qcompiler.ops.linear_mixed import outlier_bytes
 from qcompiler.ops.spec import DOMAIN
 from qcompiler.pipeline.trace import plain
 
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
     from qcompiler.quantizer import Quantizer
 
 SCHEMA = 1
-KINDS = ("codes", "scales", "zeros", "padding")  # what the bytes of a packed weight are
+# What the bytes of a packed weight, and of what a site has beside it, are: float columns (with their indices), and scale,
+# zero point and offset of static activations.
+KINDS = ("codes", "scales", "zeros", "padding", "outliers", "activations")
 
 
 def layer_records(quantizer: Quantizer) -> list[dict[str, Any]]:
@@ -107,11 +111,18 @@ def planned_totals(
 ) -> dict[str, int]:
     """Bytes that the packed weights take, from their shapes and formats alone; `bytes_of` knows the layout."""
     totals = dict.fromkeys(KINDS, 0)
-    for record in _once(layer_records(quantizer)):
+    records = layer_records(quantizer)
+    for record in _once(records):
         if record["format"] != "float32":
             format = AffineFormat(record["bits"], record["group"], record["symmetric"])
             for key, value in bytes_of(*record["shape"], format).items():
                 totals[key] += record["experts"] * value
+    for record in records:  # a site's own, also where it shares its weight
+        beside = record.get("beside")
+        if beside is None and record.get("activation") == Activation.INT8_STATIC.label:
+            beside = {"activations": 5 + 4 * record["shape"][0]}  # before calibration: as if there were a zero point
+        for key, value in (beside or {}).items():
+            totals[key] += value
     return totals
 
 
@@ -124,6 +135,8 @@ def packed_totals(model: ir.Model) -> dict[str, int]:
         if node.domain != DOMAIN:
             continue
         names = [i.name for i in by_name[node.op_type].inputs]
+        for key, value in _beside(dict(zip(names, node.inputs, strict=False)), node.attributes.get_int("n", 0), seen).items():
+            totals[key] += value
         codes = node.inputs[names.index("codes")]
         if id(codes) in seen:
             continue
@@ -135,3 +148,11 @@ def packed_totals(model: ir.Model) -> dict[str, int]:
         for key, value in layout.packed_bytes(attribute("n"), attribute("k"), format).items():
             totals[key] += experts * value
     return totals
+
+
+def _beside(inputs: dict[str, ir.Value | None], n: int, seen: set[int]) -> dict[str, int]:
+    """Bytes of what a node of n outputs reads beside its packed weight, by kind; tensors in `seen` do not count again."""
+    own = {name: v for name in ("outliers", *INPUTS) if (v := inputs.get(name)) is not None and id(v) not in seen}
+    seen.update(map(id, own.values()))
+    sizes = {"activations": sum(own[name].const_value.nbytes for name in INPUTS if name in own)}
+    return sizes | (outlier_bytes(n, own["outliers"].const_value.shape[1]) if "outliers" in own else {})

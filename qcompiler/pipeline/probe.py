@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Interpreter, Node
+from torch.fx.node import map_arg
 
-from qcompiler.ops.formats import LAYOUT_VERSION
-from qcompiler.ops.torch_ops import overload
-from qcompiler.passes.rewrite.quantize_sites import pack
+from qcompiler.passes.rewrite.quantize_sites import packed
+from qcompiler.passes.rewrite.site_product import SiteProduct
 
 if TYPE_CHECKING:
     from qcompiler.graph.graph import Graph, Site
@@ -23,34 +23,43 @@ class _Probe(Interpreter):
     def __init__(self, graph: Graph, context: Context):
         super().__init__(graph.module)
         self.context = context
-        self.sites = {s.node: s for s in graph.sites if s.kind == "linear" and s.name in context.solutions}
-        self.packed = {s.name: pack(context.solutions[s.name]) for s in self.sites.values()}
+        self.sites = {s.node: s for s in graph.sites if s.kind != "embedding" and s.name in context.solutions}
+        self.graph_constant = graph.constant
+        self.products = {s.name: self._product(graph, s, context) for s in self.sites.values()}
+        self.hit: dict[str, set[int]] = {s.name: set() for s in self.sites.values() if s.kind == "experts"}
         self.sums = {s.name: [0.0, 0.0] for s in self.sites.values()}
+
+    @staticmethod
+    def _product(graph: Graph, site: Site, context: Context) -> SiteProduct:
+        weight = graph.constant(site.weight) if site.name in context.outliers else None
+        solution, scheme = context.solutions[site.name], context.schemes[site.name]
+        return SiteProduct.of(site, solution, scheme, context, weight, packed(site.name, context))
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return None  # read where it is used: all of them at once would be the whole model in float32
+
+    def map_nodes_to_values(self, args: Any, n: Node) -> Any:
+        read = lambda node: self.graph_constant(str(node.target)) if node.op == "get_attr" else self.env[node]  # noqa: E731
+        return map_arg(args, read)
 
     def run_node(self, node: Node) -> Any:
         result = super().run_node(node)
         site = self.sites.get(node)
         if site is not None:
             arguments, _ = self.fetch_args_kwargs_from_env(node)
-            quantized = self._quantized(site, arguments[0], arguments[2] if len(arguments) > 2 else None)
+            experts = arguments[1] if site.kind == "experts" else None
+            first = 3 if site.kind == "experts" else 2
+            own = arguments[first] if len(arguments) > first else None
+            quantized = self.products[site.name](arguments[0], own, experts)
             sums = self.sums[site.name]
             # the bias is no part of the product: a large one would hide the error
-            bias = arguments[2] if len(arguments) > 2 and arguments[2] is not None else 0
+            bias: Any = 0 if own is None else own
+            if experts is not None:
+                self.hit[site.name].update(experts.unique().tolist())
+                bias = 0 if own is None else own[experts]
             sums[0] += (result - bias).double().square().sum().item()
             sums[1] += (result - quantized).double().square().sum().item()
         return result
-
-    def _quantized(self, site: Site, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        format = self.context.solutions[site.name].format
-        packed = self.packed[site.name]
-        sizes = (
-            format.bits,
-            format.group,
-            *site.shape,
-            int(self.context.schemes[site.name].activation),
-            LAYOUT_VERSION,
-        )
-        return overload("linear_nbit")(x, packed["codes"], packed["scales"], packed.get("zeros"), bias, *sizes)
 
 
 def output_sqnr(graph: Graph, context: Context, samples: list[dict[str, Any]]) -> dict[str, float]:

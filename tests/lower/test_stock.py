@@ -14,11 +14,13 @@ import qcompiler
 from qcompiler import recipe as recipes
 from qcompiler.errors import UnsupportedError
 from qcompiler.lower.stock import BITS, MICROSOFT, check_recipe, to_stock
+from qcompiler.lower.stock_products import takes_static
 from qcompiler.ops import SPECS, layout
 from qcompiler.ops.formats import Activation, AffineFormat
-from qcompiler.ops.linear_nbit import random_weight
+from qcompiler.ops.linear_mixed import random_outliers
+from qcompiler.ops.linear_nbit import random_range, random_weight
 from qcompiler.ops.onnx_ops import single_node_model
-from qcompiler.ops.spec import DOMAIN, OPSET
+from qcompiler.ops.spec import DOMAIN, OPSET, Case, OpSpec
 from tests.models import tiny
 
 # Relative to the largest value. Stock int8 activations have a scale a block of the weight, ours a token or 128 inputs.
@@ -27,8 +29,23 @@ GROUPS: dict[tuple[str, str], list] = {}
 for _spec in SPECS.values():
     for _case in _spec.cases():
         GROUPS.setdefault((_spec.name, _case.label.split(" ")[0]), []).append((_spec, _case))
-SUPPORTED = {key: cases for key, cases in GROUPS.items() if cases[0][1].attributes["bits"] in BITS}
-REFUSED = {key: cases for key, cases in GROUPS.items() if key not in SUPPORTED}
+
+
+def supported(spec: OpSpec, case: Case) -> bool:
+    attributes = case.attributes
+    format = AffineFormat(attributes["bits"], attributes["group"], case.inputs["zeros"] is None)
+    if spec.name == "linear_experts_nbit":
+        return False
+    if attributes.get("activation") == Activation.INT8_STATIC:
+        return takes_static(format)
+    return format.bits in BITS
+
+
+SUPPORTED: dict[tuple[str, str], list] = {}
+REFUSED: dict[tuple[str, str], list] = {}
+for _key, _cases in GROUPS.items():
+    for _pair in _cases:
+        (SUPPORTED if supported(*_pair) else REFUSED).setdefault(_key, []).append(_pair)
 
 
 def run(model: ir.Model, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -59,16 +76,19 @@ def test_every_case_gives_what_the_reference_gives(name: str, format: str) -> No
         expected = spec.reference(case.inputs, case.attributes)
         assert found.shape == expected.shape and found.dtype == expected.dtype, case.label
         if expected.size:
-            exact = case.attributes.get("activation", 0) == Activation.FLOAT
+            activation = case.attributes.get("activation", Activation.FLOAT)
+            # with a zero point the range is the same; without one, stock has one more level below
+            exact = activation == Activation.FLOAT or case.inputs.get("activation_zero") is not None
             scale = np.abs(expected).max() * (FLOAT_TOLERANCE if exact else INT8_TOLERANCE)
             np.testing.assert_allclose(found, expected, rtol=0, atol=scale, err_msg=case.label)
 
 
 @pytest.mark.parametrize("name,format", REFUSED, ids=str)
 def test_other_widths_are_refused(name: str, format: str) -> None:
-    spec, case = REFUSED[name, format][0]
-    with pytest.raises(UnsupportedError, match=f"no kernel for {format}"):
-        to_stock(single_node_model(spec, case))
+    for spec, case in {pair[1].attributes.get("activation"): pair for pair in REFUSED[name, format]}.values():
+        words = "nothing in place of LinearExperts" if name == "linear_experts_nbit" else f"no kernel for {format}"
+        with pytest.raises(UnsupportedError, match=words):
+            to_stock(single_node_model(spec, case))
 
 
 def test_the_recipe_is_refused_by_name_with_the_nearest_that_works() -> None:
@@ -77,6 +97,47 @@ def test_the_recipe_is_refused_by_name_with_the_nearest_that_works() -> None:
     assert error.value.exit_code == 4
     for name in ("int8", "int4", "int4-asym", "int2"):
         check_recipe(recipes.load(name))
+
+
+def test_static_activations_need_8_bits_and_one_scale_a_row() -> None:
+    words = "linear: .* for int4-g32-sym with int8-static activations; nearest: int8-row-sym with int8-static, or int4-g32-sym"
+    grouped = {"bits": 4, "group": 32, "activations": "int8-static"}
+    with pytest.raises(UnsupportedError, match=words) as error:
+        check_recipe(recipes.load({"name": "static", "linear": grouped}))
+    assert error.value.exit_code == 4
+    check_recipe(recipes.load({"name": "static", "linear": {"bits": 8, "activations": "int8-static"}}))
+
+
+@pytest.mark.parametrize("name", ["linear_nbit", "linear_mixed"])
+def test_a_static_product_stays_in_integers(name: str, tmp_path: Path) -> None:
+    """What ONNX Runtime runs after its own optimizations: no weight became float, the product is the integer one."""
+    case = static_case(name, n=64, k=96)
+    model = single_node_model(SPECS[name], case)
+    to_stock(model)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+    session = onnxruntime.InferenceSession(
+        ir.serde.serialize_model(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    session.run(None, {"x": case.inputs["x"]})
+    events = json.loads(Path(session.end_profiling()).read_text())
+    executed = {event["args"]["op_name"] for event in events if "op_name" in event.get("args", {})}
+    assert {"QuantizeLinear", "MatMulIntegerToFloat"} <= executed
+    outlier_columns = name == "linear_mixed"  # in float, with their sum
+    assert bool({"MatMul", "Gemm"} & executed) == outlier_columns, executed
+    floats = [v for v in ir.load(tmp_path / "optimized.onnx").graph.initializers.values() if v.dtype == ir.DataType.FLOAT]
+    assert max(v.const_value.size for v in floats) < 64 * 96 // 4
+
+
+def static_case(name: str, n: int, k: int) -> Case:
+    rng = np.random.default_rng(0)
+    tensors, attributes = random_weight(rng, n, k, AffineFormat(8, 0))
+    tensors |= random_range(rng, tensors, attributes, Activation.INT8_STATIC, True)
+    own = random_outliers(rng, n, k, 2) if name == "linear_mixed" else {}
+    x = rng.standard_normal((3, k)).astype(np.float32)
+    return Case("static", {"x": x, **tensors, **own}, {**attributes, "activation": int(Activation.INT8_STATIC)})
 
 
 def test_compile_refuses_before_it_looks_at_the_model(tmp_path: Path) -> None:

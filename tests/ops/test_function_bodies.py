@@ -13,7 +13,7 @@ import pytest
 
 from qcompiler.ops import SPECS
 from qcompiler.ops.formats import Activation, AffineFormat
-from qcompiler.ops.linear_nbit import quantize_activations, random_weight, unpack
+from qcompiler.ops.linear_nbit import quantize_activations, random_range, random_weight, unpack
 from qcompiler.ops.onnx_ops import attach_bodies, register, single_node_model
 from qcompiler.ops.spec import DOMAIN, OPSET, Case
 from qcompiler.runtime import library
@@ -27,6 +27,7 @@ def linear(label: str, activation: Activation, x: np.ndarray, n: int, seed: int 
     rng = np.random.default_rng(seed)
     tensors, attributes = random_weight(rng, n, x.shape[-1], AffineFormat.parse(label))
     inputs = {"x": x, **tensors, "bias": rng.standard_normal(n).astype(np.float32) if bias else None}
+    inputs |= random_range(rng, tensors, attributes, activation, True)
     return Case(f"{label} {activation.label}", inputs, {**attributes, "activation": int(activation)})
 
 
@@ -56,7 +57,7 @@ def chain(cases: Sequence[Case]) -> ir.Model:
     for index, case in enumerate(cases):
         inputs: list[ir.Value | None] = [value]
         for declared in SPEC.inputs[1:]:
-            array = case.inputs[declared.name]
+            array = case.inputs.get(declared.name)
             inputs.append(None if array is None else ir.Value(name=f"{declared.name}_{index}"))
             if array is not None:
                 inputs[-1].const_value = ir.tensor(array, name=inputs[-1].name)
@@ -144,6 +145,8 @@ def test_the_checker_accepts_every_body(no_schema):
         model = single_node_model(SPEC, case)
         model.graph.outputs[0].shape = ir.Shape([None] * case.inputs["x"].ndim)
         models[next(iter(model.functions))] = model
-    assert len(models) == 4 * 4 * 2 * 3 * 2  # bits, groups, symmetric or not, activations, with and without a bias
+    static = 4 * 4 * 2 * (1 + 2)  # symmetric, and with a zero point with and without a bias
+    # bits, groups, symmetric or not, activations, with and without a bias
+    assert len(models) == 4 * 4 * 2 * 3 * 2 + static
     for model in models.values():
         onnx.checker.check_model(ir.serde.serialize_model(model), full_check=True)

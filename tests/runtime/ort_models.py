@@ -11,8 +11,9 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
+from qcompiler.ops.activation_range import INPUTS
 from qcompiler.runtime.library import library_path, weight_shapes
-from tests.runtime.kernel_oracle import Weight
+from tests.runtime.kernel_oracle import INT8_STATIC, STATIC_SCALE, STATIC_ZERO, Weight, static_offset
 
 DOMAIN = "ai.qcompiler"
 NODE = "/layers.0/proj"
@@ -26,6 +27,14 @@ def tensors(weight: Weight) -> dict[str, np.ndarray]:
     if weight.zeros is not None:
         out["zeros"] = weight.zeros.reshape(shapes.zeros)
     return out
+
+
+def static_range(weight: Weight, activation: int) -> dict[str, np.ndarray]:
+    """The oracle's scale and zero point, with static activations."""
+    if activation != INT8_STATIC:
+        return {}
+    scale, zero = np.array([STATIC_SCALE]), np.array([STATIC_ZERO], np.int8)
+    return dict(zip(INPUTS, (scale, zero, static_offset(weight)), strict=True))
 
 
 def attributes(weight: Weight, **more: int) -> dict[str, int]:
@@ -44,7 +53,7 @@ def save(
     output_shape: list[Any] | None = None,
 ) -> Path:
     """A model with one node; the arrays are initializers, or graph inputs when not `constant`."""
-    order = ["codes", "scales", "zeros"] + (["bias"] if op == "LinearNBit" else [])
+    order = ["codes", "scales", "zeros"] + (["bias", *INPUTS] if op == "LinearNBit" else [])
     names = [name if name in arrays else "" for name in order]
     while names and not names[-1]:
         names.pop()
@@ -77,7 +86,7 @@ def save_linear(
     replace: Mapping[str, np.ndarray] | None = None,
     **attrs: int,
 ) -> Path:
-    arrays = tensors(weight) | ({} if bias is None else {"bias": bias}) | dict(replace or {})
+    arrays = tensors(weight) | ({} if bias is None else {"bias": bias}) | static_range(weight, activation) | dict(replace or {})
     x = ("x", TensorProto.FLOAT, x_shape or ["rows", weight.shape[1]])
     return save(
         path, "LinearNBit", arrays, attributes(weight, activation=activation) | attrs, x, constant=constant

@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 
 from qcompiler.runtime import library
 from tests.runtime import kernel_oracle as oracle
-from tests.runtime.ort_models import NODE, save_embedding, save_linear, session, tensors
+from tests.runtime.ort_models import NODE, save_embedding, save_linear, session, static_range, tensors
 
 RNG = np.random.default_rng(7)
 
@@ -27,6 +28,7 @@ def direct(weight: oracle.Weight, x: np.ndarray, activation: int, bias: np.ndarr
         n=n,
         k=k,
         activation=activation,
+        **static_range(weight, activation),
         bias=bias,
         threads=1,
     )
@@ -141,7 +143,8 @@ def test_one_session_in_many_threads(tmp_path: Path) -> None:
         ({"group": 48}, "attribute 'group' is 48, expected 0 (the whole row), 32, 64 or 128"),
         ({"n": 0}, "attributes 'n' and 'k' are 0 and 70"),
         ({"k": 1 << 40}, "expected 1 to 2147483647"),
-        ({"activation": 3}, "attribute 'activation' is 3"),
+        ({"activation": 4}, "attribute 'activation' is 4"),
+        ({"activation": -1}, "attribute 'activation' is -1"),
         ({"layout_version": 2}, "run `qcompiler repack`"),
         ({"n": 64}, "input 1 (codes) is uint8 [3, 9, 64], expected uint8 [4, 9, 64] (bits 4, group 32, n 64, k 70)"),
     ],
@@ -153,8 +156,6 @@ def test_bad_attributes(attrs: dict[str, int], message: str, tmp_path: Path) -> 
 
 
 def test_missing_attribute(tmp_path: Path) -> None:
-    import onnx
-
     weight = oracle.make_weight(RNG, 33, 70, 4, 32, False)
     path = save_linear(tmp_path / "m.onnx", weight)
     model = onnx.load(path, load_external_data=False)
@@ -193,6 +194,32 @@ def test_types_are_checked_when_the_model_is_loaded(name: str, array: np.ndarray
     weight = oracle.make_weight(RNG, 33, 70, 4, 32, False)
     with pytest.raises(Exception, match=re.escape(NODE)):
         session(save_linear(tmp_path / "m.onnx", weight, replace={name: array}))
+
+
+BAD_RANGES = [
+    ({"activation_scale": np.ones(2, np.float32)}, "input 5 (activation_scale) is float [2], expected float [1]"),
+    ({"activation_zero": np.ones((), np.int8)}, "input 6 (activation_zero) is int8 [], expected int8 [1]"),
+    ({"activation_offset": np.ones(32, np.float32)}, "input 7 (activation_offset) is float [32], expected float [33]"),
+    ({"activation_scale": np.zeros(1, np.float32)}, "range.scale is 0, expected a finite number above 0"),
+]
+
+
+@pytest.mark.parametrize("replace, message", BAD_RANGES, ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
+def test_bad_static_ranges(replace: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
+    weight = oracle.make_weight(RNG, 33, 70, 4, 32, False)
+    path = save_linear(tmp_path / "m.onnx", weight, activation=oracle.INT8_STATIC, replace=replace)
+    with pytest.raises(Exception, match=re.escape(NODE) + ".*" + re.escape(message)):
+        session(path).run(None, {"x": np.zeros((1, 70), np.float32)})
+
+
+def test_a_missing_static_range(tmp_path: Path) -> None:
+    weight = oracle.make_weight(RNG, 33, 70, 4, 32, False)
+    path = save_linear(tmp_path / "m.onnx", weight)
+    model = onnx.load(path)
+    next(a for a in model.graph.node[0].attribute if a.name == "activation").i = oracle.INT8_STATIC
+    onnx.save(model, path)
+    with pytest.raises(Exception, match=re.escape(f"{NODE}': input 5 (activation_scale) is missing")):
+        session(path).run(None, {"x": np.zeros((1, 70), np.float32)})
 
 
 @pytest.mark.parametrize("shape", [(2, 71), (70, 2), (3,)], ids=str)

@@ -1,0 +1,134 @@
+"""Products of the target `onnx-stock` beyond MatMulNBits: static int8 activations, and columns in float."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.errors import UnsupportedError
+from qcompiler.ops import SPECS, layout
+from qcompiler.ops.formats import AffineFormat
+
+MICROSOFT = "com.microsoft"
+
+
+def inputs_of(node: ir.Node) -> dict[str, ir.Value | None]:
+    """A node's inputs by the names of its declaration; None where left out."""
+    (spec,) = (spec for spec in SPECS.values() if spec.onnx_name == node.op_type)
+    return {i.name: node.inputs[at] if at < len(node.inputs) else None for at, i in enumerate(spec.inputs)}
+
+
+def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
+    graph.register_initializer(value)
+    return value
+
+
+def _own(graph: ir.Graph, name: str, array: np.ndarray, beside: dict[str, int], kind: str) -> ir.Value:
+    """An initializer of that name, made once and then counted in `beside`: an exporter may have merged equal constants."""
+    if name in graph.initializers:
+        return graph.initializers[name]
+    beside[kind] = beside.get(kind, 0) + array.nbytes
+    return initializer(graph, name, array)
+
+
+def read_bytes(value: ir.Value | None) -> int:
+    """Size of an initializer, 0 unless some node reads it."""
+    return value.const_value.nbytes if value is not None and value.uses() else 0
+
+
+def takes_static(format: AffineFormat) -> bool:
+    """Whether stock ONNX Runtime has an integer product for static activations and this weight."""
+    return format.bits == 8 and format.group == 0
+
+
+def _insert(node: ir.Node, op: str, inputs: list[ir.Value | None], domain: str = "", **attributes: int) -> ir.Value:
+    """A node before `node`; its one output."""
+    new = ir.node(op, inputs, attributes=attributes, domain=domain)
+    node.graph.insert_before(node, [new])
+    return new.outputs[0]
+
+
+@dataclass
+class StaticMatrix:
+    """A weight as MatMulIntegerToFloat reads it: int8 `[k, n]`, a scale (and zero point) a column.
+
+    uint8 activations with int8 weights are what ONNX Runtime has fast kernels for: on AVX-512 VNNI four times as fast as
+    uint8 weights for a prompt, and int8 with int8 is slower than float. On x86 without VNNI these kernels saturate, unless
+    the session's option `session.x64quantprecision` is 1, as our sessions have it.
+    """
+
+    values: ir.Value
+    scales: ir.Value
+    zeros: ir.Value | None
+
+    @classmethod
+    def of(cls, graph: ir.Graph, node: ir.Node, given: dict[str, ir.Value | None]) -> StaticMatrix:
+        n, k, bits, group = (node.attributes.get_int(name) for name in ("n", "k", "bits", "group"))
+        format = AffineFormat(bits, group, given["zeros"] is None)
+        if not takes_static(format):
+            raise UnsupportedError(
+                f"node {node.name}: stock ONNX Runtime has no kernel for {format.label} with int8-static activations"
+            )
+        array = lambda name: given[name].const_value.numpy()  # noqa: E731
+        base = given["codes"].name.removesuffix("codes")
+        codes = np.ascontiguousarray(layout.unpack_codes(array("codes"), n, k, bits).T)
+        scales = layout.unpack_scales(array("scales"), n).astype(np.float32).reshape(n)
+        zeros = None
+        if given["zeros"] is not None:
+            zeros = initializer(graph, f"{base}column_zeros", layout.unpack_zeros(array("zeros"), n, bits).reshape(n))
+        values = initializer(graph, f"{base}columns_int8", codes)
+        return cls(values, initializer(graph, f"{base}column_scales", scales), zeros)
+
+    def bytes(self) -> dict[str, int]:
+        return {"codes": read_bytes(self.values), "scales": read_bytes(self.scales), "zeros": read_bytes(self.zeros)}
+
+    def product(
+        self, graph: ir.Graph, node: ir.Node, given: dict[str, ir.Value | None], x: ir.Value, beside: dict[str, int]
+    ) -> ir.Value:
+        """x · Wᵀ (+ bias) before `node`; adds the bytes of scale and zero point to `beside`.
+
+        The zero point moves by 128 to uint8. (Of a symmetric range, which ends at −127 in our ops, −128 is used here.)
+        """
+        base = given["activation_scale"].name.removesuffix("activation_scale")
+        scale = given["activation_scale"].const_value.numpy().reshape(())
+        zero = 0 if given["activation_zero"] is None else int(given["activation_zero"].const_value.numpy()[0])
+        s = _own(graph, f"{base}input_scale", scale, beside, "activations")
+        z = _own(graph, f"{base}input_zero_{zero + 128}", np.array(zero + 128, np.uint8), beside, "activations")
+        q = _insert(node, "QuantizeLinear", [x, s, z])
+        inputs = [q, self.values, s, self.scales, z, self.zeros, given["bias"]]
+        while inputs[-1] is None:
+            inputs.pop()
+        y = _insert(node, "MatMulIntegerToFloat", inputs, MICROSOFT)
+        y.producer().name = node.name
+        y.producer().metadata_props.update(node.metadata_props)
+        return y
+
+
+def without_outliers(
+    graph: ir.Graph, node: ir.Node, given: dict[str, ir.Value | None], beside: dict[str, int]
+) -> tuple[ir.Value, Callable[[ir.Value], ir.Value]]:
+    """x with 0 in the outlier columns, and what adds their product to that of the rest.
+
+    Their float32 weights and indices are put into the graph; their bytes are added to `beside`.
+    """
+    x, n, k = given["x"], node.attributes.get_int("n"), node.attributes.get_int("k")
+    columns = given["columns"].const_value.numpy()
+    if not columns.size:
+        return x, lambda y: y
+    base = given["outliers"].name.removesuffix("outliers")
+    keep = np.ones(k, np.float32)
+    keep[columns] = 0
+    weights = layout.unpack_outliers(given["outliers"].const_value.numpy(), n).astype(np.float32).T
+    arrays = {"kept_columns": keep, "outlier_columns": columns, "outlier_weights": np.ascontiguousarray(weights)}
+    held = {name: _own(graph, f"{base}{name}", array, beside, "outliers") for name, array in arrays.items()}
+
+    def add(y: ir.Value) -> ir.Value:
+        taken = _insert(node, "Gather", [x, held["outlier_columns"]], axis=-1)
+        return _insert(node, "Add", [y, _insert(node, "MatMul", [taken, held["outlier_weights"]])])
+
+    return _insert(node, "Mul", [x, held["kept_columns"]]), add
