@@ -93,7 +93,7 @@ def save(model: ir.Model, path: Path, data: IO[bytes], data_name: str) -> Saved:
             continue
         start = _align(offset, tensor.nbytes)
         data.write(b"\0" * (start - offset))
-        data.write(tensor.tobytes())
+        tensor.tofile(_Plain(data))
         offset = start + tensor.nbytes
         placed.append(Placed(value.name, start, tensor.nbytes))
         value.const_value = ir.ExternalTensor(
@@ -102,6 +102,16 @@ def save(model: ir.Model, path: Path, data: IO[bytes], data_name: str) -> Saved:
     data.flush()
     ir.save(model, path)
     return Saved(tuple(placed), path.stat().st_size, offset)
+
+
+class _Plain:
+    """A file that can be written and nothing else: no tensor then writes past Python, where a full disk has no errno.
+
+    Tensors of torch hand over their own memory, those of numpy one copy at a time.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.write = file.write
 
 
 def check_saved(path: Path, saved: Saved) -> None:
