@@ -59,7 +59,7 @@ class GptqOptions:
     passes: int = 3
     groups: Literal["live", "static"] = "static"
     ordering: Literal["none", "activation", "group_aware"] = "activation"
-    clipping: Literal["mse", "minmax"] = "minmax"
+    clipping: Literal["mse", "minmax"] = "mse"
     importance: Literal["uniform", "activation", "sweep"] = "sweep"
     norm: float = 2.0
     correction: Literal["channel", "target"] = "channel"
@@ -259,12 +259,13 @@ def _sweeps(
     """Solve the rows `weight` `[n, k]`, which `columns` holds in the order of the sweep; also their losses `[n]`."""
     options, format = layer.options, layer.format
     counted = layer.natural(layer.importance)
+    factors = affine.COARSE if passes > 1 else affine.SHRINK
     target = columns
     if layer.cross is not None and options.correction == "target":
         target = gptaq.target(columns, layer.cross, layer.factor.upper)
     if known is None and (options.groups == "static" or not layer.order.begins):
         # Where one group is all, nothing has changed when it is reached: live and static are the same.
-        known = affine.fit(weight, format, options.clipping, options.norm, importance=counted)
+        known = affine.fit(weight, format, options.clipping, options.norm, importance=counted, factors=factors)
     best: tuple[AffineWeight, torch.Tensor] | None = None
     for index in range(passes):
         grids = _grids(layer, columns, known)
@@ -278,7 +279,7 @@ def _sweeps(
         best = (found, losses) if best is None else _better(best, (found, losses))
         if index + 1 < passes:
             seen = layer.rows(swept.seen)
-            known = affine.fit(seen, format, "mse", options.norm, importance=counted, factors=affine.COARSE)
+            known = affine.fit(seen, format, "mse", options.norm, importance=counted, factors=factors)
     assert best is not None
     return best
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-PIECE = 32  # columns whose errors are fed forward together inside a block
+PIECE = 16  # columns whose errors are fed forward together inside a block
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,8 @@ def sweep(
     codes = torch.empty(k, n, dtype=torch.int8 if format.bits == 8 else torch.uint8, device=weight.device)
     losses = torch.zeros(n, dtype=torch.float64, device=weight.device)
     difference, seen = torch.empty_like(weight), torch.empty_like(weight)
+    widest = max(block.stop - block.start for block in order.blocks)
+    buffers = _Buffers(weight.new_empty(widest, n), weight.new_empty(widest, n))
     for block in order.blocks:
         here, before = slice(block.start, block.stop), slice(0, block.start)
         target, own = weight[here], upper[here, here]
@@ -105,16 +107,23 @@ def sweep(
         eye = torch.eye(len(own), dtype=own.dtype, device=own.device)
         inverse = torch.linalg.solve_triangular(own, eye, upper=True)  # U of the block
         feedback = inverse * stiffness[:, None]
-        live, steps, rounded, misses = seen[here], *(torch.empty_like(target) for _ in range(3))
-        torch.addmm(target, inverse.T, upper[before, here].T @ difference[before], out=live)
-        _round(block, order, grids, feedback, None if mixing is None else mixing[here, here], live, steps, rounded, misses)
+        live = torch.addmm(target, inverse.T, upper[before, here].T @ difference[before], out=seen[here])
+        steps, misses = _round(block, order, grids, feedback, None if mixing is None else mixing[here, here], live, buffers)
         if mixing is not None:
-            target = target.addmm_(mixing[here, here].T, live)
-        torch.sub(target, rounded, out=difference[here])
+            target.addmm_(mixing[here, here].T, live)
         groups = torch.tensor(order.group[here], device=weight.device)
+        torch.sub(target, grids.scales.index_select(0, groups).mul_(steps), out=difference[here])
         codes[here] = steps.add_(format.center if format.symmetric else grids.zeros.index_select(0, groups))
         losses += misses.mul_(stiffness[:, None]).square_().sum(0, dtype=torch.float64)
     return Swept(codes, difference, seen, losses)
+
+
+class _Buffers:
+    """Space of a block, `[columns, n]` each, and its columns one by one."""
+
+    def __init__(self, steps: torch.Tensor, misses: torch.Tensor) -> None:
+        self.steps, self.misses = steps, misses
+        self.step, self.miss = steps.unbind(), misses.unbind()
 
 
 def _round(
@@ -124,36 +133,43 @@ def _round(
     feedback: torch.Tensor,
     mixing: torch.Tensor | None,
     live: torch.Tensor,
-    steps: torch.Tensor,
-    rounded: torch.Tensor,
-    misses: torch.Tensor,
-) -> None:
-    """The textbook step inside a block: q − Z into `steps`, W̃ into `rounded`, V − W̃ into `misses`, each `[columns, n]`.
+    buffers: _Buffers,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The textbook step inside a block.
 
-    `live` comes as the errors of all blocks before have left it, and ends as V. `feedback` `[columns, columns]` has
-    U[j, l] / U_jj.
+    Args:
+        feedback: U[j, l] / U_jj `[columns, columns]`.
+        mixing: the block of P, or None.
+        live: `[columns, n]`, as the errors of all blocks before have left the columns; ends as V.
+
+    Returns:
+        q − Z, and V − W̃, `[columns, n]` each.
     """
-    # One view for each column, made at once: indexing costs as much as the arithmetic on a column.
-    columns = list(zip(live.unbind(), steps.unbind(), rounded.unbind(), misses.unbind(), strict=True))
+    steps, misses = buffers.steps[: len(live)], buffers.misses[: len(live)].zero_()
+    # Views of all columns are made at once: to index one costs as much as the arithmetic on it.
+    columns = list(zip(live.unbind(), buffers.step, buffers.miss, strict=False))
     groups = order.group[block.start : block.stop]
+    taken = feedback.T.contiguous()
     for first, last in ((a - block.start, b - block.start) for a, b in block.pieces):
         position = first + block.start
         if position in order.begins:
             end = order.begins[position]
             grids.reach(groups[first], live[first : end - block.start].T, position, end)
+        # Columns of the piece that have not been rounded have missed nothing so far: 0. The product need not be cut.
+        missed, shares = misses[first:last].T, taken[first:last, first:last].unbind()
         for j in range(first, last):
-            column, step, value, miss = columns[j]
+            column, step, miss = columns[j]
             if j > first:
-                column.addmv_(misses[first:j].T, feedback[first:j, j], alpha=-1)
+                column.addmv_(missed, shares[j - first], alpha=-1)
                 if mixing is not None:
                     column.addmv_(live[first:j].T, mixing[first:j, j])
             scale, low, high = grids.row(groups[j])
             torch.div(column, scale, out=step).round_().clamp_(low, high)
-            torch.mul(step, scale, out=value)
-            torch.sub(column, value, out=miss)
-        live[last:].addmm_(feedback[first:last, last:].T, misses[first:last], alpha=-1)
+            torch.addcmul(column, step, scale, value=-1, out=miss)
+        live[last:].addmm_(taken[last:, first:last], misses[first:last], alpha=-1)
         if mixing is not None:
             live[last:].addmm_(mixing[first:last, last:].T, live[first:last])
+    return steps, misses
 
 
 def damped_losses(difference: torch.Tensor, upper: torch.Tensor, block: int) -> torch.Tensor:
