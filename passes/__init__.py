@@ -2,26 +2,56 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from qcompiler.passes.observe.calibrate_ranges import CalibrateRanges
-from qcompiler.passes.observe.find_outliers import FindOutliers
-from qcompiler.passes.observe.place_observers import PlaceObservers
-from qcompiler.passes.solve.bias_correction import BiasCorrection
-from qcompiler.passes.solve.clip_search import ClipSearch
-from qcompiler.passes.solve.distill_blocks import DistillBlocks
-from qcompiler.passes.solve.gptq import Gptq
-from qcompiler.passes.solve.round_to_nearest import RoundToNearest
-from qcompiler.pipeline.passes import Pass
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qcompiler.pipeline.passes import Pass
     from qcompiler.recipe.schema import Recipe
 
-# What a recipe may name under `passes`.
-RECIPE_PASSES: dict[str, type[Pass]] = {
-    cls.name: cls
-    for cls in (BiasCorrection, CalibrateRanges, ClipSearch, FindOutliers, Gptq, PlaceObservers, RoundToNearest)
+# What a recipe may name under `passes`, and where it is.
+_WHERE = {
+    "awq": "transform.awq:Awq",
+    "bias_correction": "solve.bias_correction:BiasCorrection",
+    "calibrate_ranges": "observe.calibrate_ranges:CalibrateRanges",
+    "clip_search": "solve.clip_search:ClipSearch",
+    "distill_blocks": "solve.distill_blocks:DistillBlocks",
+    "gptq": "solve.gptq:Gptq",
+    "llm_int8": "observe.find_outliers:FindOutliers",
+    "place_observers": "observe.place_observers:PlaceObservers",
+    "smooth_quant": "transform.smooth_quant:SmoothQuant",
+    "round_to_nearest": "solve.round_to_nearest:RoundToNearest",
 }
+
+
+class _RecipePasses(Mapping[str, "type[Pass]"]):
+    """Pass classes by name. A pass is imported when it is asked for: passes use the sweep, and the sweep uses analyses."""
+
+    def __getitem__(self, name: str) -> type[Pass]:
+        module, _, cls = _WHERE[name].partition(":")
+        return getattr(importlib.import_module(f"{__name__}.{module}"), cls)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_WHERE)
+
+    def __len__(self) -> int:
+        return len(_WHERE)
+
+
+RECIPE_PASSES: Mapping[str, type[Pass]] = _RecipePasses()
+
+
+def __getattr__(name: str) -> Any:
+    """The classes themselves, for recipes written in Python: `from qcompiler.passes import RoundToNearest`."""
+    if name == "Pass":
+        from qcompiler.pipeline.passes import Pass
+
+        return Pass
+    for key, where in _WHERE.items():
+        if where.endswith(f":{name}"):
+            return RECIPE_PASSES[key]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def pipeline(recipe: Recipe) -> tuple[list[Pass], list[Pass]]:
@@ -42,4 +72,4 @@ def pipeline(recipe: Recipe) -> tuple[list[Pass], list[Pass]]:
     return [*normalise, *analyse, *recipe.passes], [QuantizeSites()]
 
 
-__all__ = ["RECIPE_PASSES", "Pass", "RoundToNearest", "pipeline"]
+__all__ = ["RECIPE_PASSES", "pipeline"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qcompiler import recipe as recipes
 from qcompiler.artifact.manifest import build_manifest
+from qcompiler.artifact.workspace import Workspace
 from qcompiler.artifact.writer import ArtifactWriter
 from qcompiler.errors import UsageError
 from qcompiler.report.progress import Reporter, Silent
@@ -56,8 +57,12 @@ def compile(
     recipe: str | Path | dict | Recipe = "int4",
     target: Target = "onnx",
     text: Iterable[str | Path] | None = None,
-    samples: int = DEFAULT_SAMPLES,
+    samples: int | None = None,
     length: int | None = None,
+    seed: int | None = None,
+    memory: int | None = None,
+    resume: bool = False,
+    reproducible: bool = False,
     overwrite: bool = False,
     strict_groups: bool = False,
     reporter: Reporter | None = None,
@@ -73,7 +78,11 @@ def compile(
         recipe: name of a built-in one, a YAML file, a mapping, or a Recipe.
         target: `onnx` (our ops, function bodies inside), `onnx-stock` (ops of an unmodified ONNX Runtime), `torch`.
         text: calibration text; by default the documentation that comes with Python.
-        samples, length: calibration windows and tokens in each; the length defaults to the model's own window.
+        samples, length, seed: calibration windows, tokens in each, and which windows; by default the recipe's, where that
+            says nothing 4 windows of at most 256 tokens.
+        memory: bytes of anonymous memory that calibration may take; beyond it activations go to a file beside the output.
+        resume: go on from what an earlier run with the same output has solved.
+        reproducible: leave times and memory out of the artifact, so that equal inputs give equal bytes of every file.
         overwrite: replace an artifact that is already there.
         strict_groups: make a short last group an error.
         reporter: progress; silent by default.
@@ -84,6 +93,7 @@ def compile(
         QCompilerError: with the exit code of the command line; nothing is left behind.
     """
     from qcompiler.emit import emit
+    from qcompiler.sweep.store import SolvedStore
 
     start = time.perf_counter()
     reporter = reporter or Silent()
@@ -92,8 +102,12 @@ def compile(
     source_dir = Path(model) if isinstance(model, (str, Path)) and Path(model).is_dir() else None
     writer = ArtifactWriter(output, overwrite=overwrite, source_dir=source_dir)
     writer.check()
-    loaded, prepared, quantizer = _prepare(model, chosen, text, samples, length, reporter, example, dynamic_shapes)
-    with writer:
+    chosen = _calibrated(chosen, samples, length, seed)
+    loaded, prepared, quantizer = _prepare(model, chosen, text, reporter, example, dynamic_shapes)
+    quantizer.trace_timings = not reproducible
+    with writer, Workspace(writer.target, resume) as workspace:
+        quantizer.memory, quantizer.scratch = memory, workspace.scratch
+        quantizer.store = SolvedStore(workspace.solved)
         facts = emit(writer, prepared, quantizer, target, reporter)
         _write_records(writer, quantizer, facts["layers"], loaded)
         manifest = build_manifest(
@@ -140,7 +154,7 @@ def plan(
 
     chosen = _recipe(recipe, strict_groups)
     _check_target(target, chosen)
-    _, prepared, quantizer = _prepare(model, chosen, None, 0, None, reporter or Silent(), example, dynamic_shapes)
+    _, prepared, quantizer = _prepare(model, _calibrated(chosen, 0, None, None), None, reporter or Silent(), example, dynamic_shapes)
     graph: Graph = captured(prepared)
     quantizer.graph, quantizer.context = graph, Context(chosen, quantizer.reporter)
     before, _ = pipeline(chosen)
@@ -179,11 +193,11 @@ def _describe_plan(quantizer: Quantizer, bytes_of: Callable[..., dict[str, int]]
     for site in quantizer.graph.sites:
         scheme = quantizer.context.schemes.get(site.name)
         if scheme is not None:
-            size = sum(bytes_of(*site.shape, scheme.weight_format).values())
+            size = site.experts * sum(bytes_of(*site.shape, scheme.weight_format).values())
             layers[site.name] = {
                 "format": scheme.weight_format.label,
                 "bytes": size,
-                "bits_per_weight": round(8 * size / (site.shape[0] * site.shape[1]), 4),
+                "bits_per_weight": round(8 * size / site.size, 4),
             }
 
 
@@ -194,37 +208,56 @@ def _recipe(recipe: str | Path | dict | Recipe, strict_groups: bool) -> Recipe:
     return dataclasses.replace(chosen, strict_groups=True) if strict_groups else chosen
 
 
+def _calibrated(recipe: Recipe, samples: int | None, length: int | None, seed: int | None) -> Recipe:
+    """The recipe with its calibration as it will be done: what the call asks for, else what the recipe says."""
+    import dataclasses
+
+    asked = {"samples": samples, "length": length, "seed": seed}
+    calibration = dataclasses.replace(recipe.calibration, **{k: v for k, v in asked.items() if v is not None})
+    if calibration.samples is None:
+        calibration = dataclasses.replace(calibration, samples=DEFAULT_SAMPLES)
+    return dataclasses.replace(recipe, calibration=calibration)
+
+
 def _prepare(
-    model: str | Path | torch.nn.Module, recipe: Recipe, text: Any, samples: int, length: int | None, reporter: Reporter,
+    model: str | Path | torch.nn.Module, recipe: Recipe, text: Any, reporter: Reporter,
     example: Any, dynamic_shapes: dict[str, Any] | None,
 ) -> tuple[Loaded | None, Prepared, Quantizer]:  # fmt: skip
     from qcompiler.capture.checkpoint import load
     from qcompiler.capture.finite import check_finite
     from qcompiler.capture.prepare import prepare
+    from qcompiler.capture.stored import StoredWeights
     from qcompiler.quantizer import Quantizer
 
     reporter.stage("load")
     if isinstance(model, (str, Path)):
-        loaded = load(model)
+        loaded = load(model, as_it_is_stored=True)
         module: torch.nn.Module = loaded.model
+        for note in loaded.notes:
+            reporter.note(note)
     else:
         loaded, module = None, model
         check_finite(module, type(module).__name__)
     reporter.stage("capture")
-    prepared = prepare(module, example, dynamic_shapes)
+    stored = loaded.stored if loaded is not None else StoredWeights()
+    with stored.lent(module):
+        prepared = prepare(module, example, dynamic_shapes)
+    prepared.stored = stored
     for note in prepared.notes:
         reporter.note(note)
-    feeds = _samples(loaded, prepared, text, samples, length, reporter)
+    feeds = _samples(loaded, prepared, text, recipe, reporter)
     quantizer = Quantizer(recipe, reporter=reporter, samples=feeds, kind=prepared.kind)
     return loaded, prepared, quantizer
 
 
 def _samples(
-    loaded: Loaded | None, prepared: Prepared, text: Any, samples: int, length: int | None, reporter: Reporter
+    loaded: Loaded | None, prepared: Prepared, text: Any, recipe: Recipe, reporter: Reporter
 ) -> Callable[[], Iterable[dict[str, Any]]]:
     """Calibration samples as arguments of the graph; the example alone where there is no tokenizer."""
     from qcompiler.capture.feeds import arguments, feed, takes_tokens
 
+    wanted = recipe.calibration
+    samples = wanted.samples or 0
     if samples < 1:
         return tuple
     if loaded is None or not loaded.tokenizer_files or not takes_tokens(prepared):
@@ -240,7 +273,8 @@ def _samples(
             loaded.directory,
             text=text,
             samples=samples,
-            length=length or min(_context(loaded.model).default or DEFAULT_LENGTH, DEFAULT_LENGTH),
+            length=wanted.length or min(_context(loaded.model).default or DEFAULT_LENGTH, DEFAULT_LENGTH),
+            seed=wanted.seed,
             reporter=reporter,
         )
         for window in windows:

@@ -22,6 +22,7 @@ from qcompiler.pipeline.probe import output_sqnr
 from qcompiler.pipeline.trace import Trace
 from qcompiler.recipe.schema import Recipe
 from qcompiler.report.progress import Reporter, Silent
+from qcompiler.sweep.store import SolvedStore
 
 
 class Quantizer(ExportQuantizer):
@@ -60,6 +61,10 @@ class Quantizer(ExportQuantizer):
         self.samples = samples
         self.kind = kind
         self.verify_each = verify_each
+        self.scratch: Path | None = None  # a folder for solutions and packed weights; None keeps them in memory
+        self.memory: int | None = None  # bytes that calibration may take; None for no bound
+        self.store: SolvedStore | None = None  # solved sites, for resuming
+        self.trace_timings = True
         self.trace = Trace()
         self.graph: Graph | None = None
         self.context: Context | None = None
@@ -73,10 +78,16 @@ class Quantizer(ExportQuantizer):
         kind = self.kind or ("decoder" if any("past" in name for name in sample_inputs) else "encoder")
         graph = self.graph = Graph(model, kind, sample_inputs)
         # One quantizer serves every component of a model, and a copy of it (`with_calibration`) shares its attributes.
-        self.trace = Trace()
+        self.trace = Trace(timings=self.trace_timings)
         context = self.context = Context(
-            self.recipe, self.reporter, samples=self.samples or self._calibration(sample_inputs)
+            self.recipe,
+            self.reporter,
+            samples=self.samples or self._calibration(sample_inputs),
+            memory=self.memory,
+            scratch=self.scratch,
+            store=self.store,
         )
+        context.solutions.folder = self.scratch
         manager = PassManager(self.trace, self.verify_each)
         manager.capture(graph)
         before, after = pipeline(self.recipe)
@@ -84,6 +95,7 @@ class Quantizer(ExportQuantizer):
         self._check_coverage()
         self._probe(graph, context, manager)
         manager.run(graph, context, after)
+        graph.materialise(self.scratch)
         return graph.module
 
     def _calibration(self, sample_inputs: dict[str, Any]) -> Callable[[], Iterable[dict[str, Any]]]:
@@ -133,10 +145,10 @@ class Quantizer(ExportQuantizer):
             if site.tie_group is not None and site.tie_group in seen:
                 continue
             seen.add(site.tie_group)
-            size = 4 * site.shape[0] * site.shape[1]
+            size = 4 * site.size
             if site.name in self.context.schemes:
                 done += size
-            elif site.kind == "linear":
+            elif site.kind != "embedding":
                 left[site.name] = (size, self.context.left_in_float.get(site.name, "not solved"))
         total = done + sum(size for size, _ in left.values())
         return (done / total if total else 0.0), left

@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from qcompiler.ops.formats import Activation, AffineFormat
 
 _STRICT = ConfigDict(extra="forbid")
-ActivationLabel = Literal["float", "int8-token", "int8-block128"]
+ActivationLabel = Literal["float", "int8-token", "int8-block128", "int8-static"]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -28,7 +28,8 @@ class Scheme:
         group: columns that share a scale: 32, 64, 128, 0 for the whole row (per channel), or `tensor` for the whole matrix
             (its scale is stored with every row, in the format of `group: 0`).
         symmetric: no stored zero points.
-        activations: `float`, `int8-token` (one scale a token) or `int8-block128` (one per 128 inputs).
+        activations: `float`, `int8-token` (one scale a token), `int8-block128` (one per 128 inputs) or `int8-static` (one
+            calibrated scale and zero point a layer).
     """
 
     bits: Literal[8, 4, 3, 2]
@@ -104,6 +105,21 @@ class Allow:
     min_coverage: float = 0.95
 
 
+@dataclass(frozen=True, config=_STRICT)
+class Calibration:
+    """Which text the calibrated passes and the layers' output errors see; a call may ask for other numbers.
+
+    Attributes:
+        samples: windows; None means as many as the caller's default.
+        length: tokens a window; None means the model's own window, 256 at most.
+        seed: which windows of the text.
+    """
+
+    samples: int | None = None
+    length: int | None = None
+    seed: int = 0
+
+
 def _one_pass(value: Any) -> Any:
     """`round_to_nearest` or `{round_to_nearest: {clipping: mse}}` -> the pass object."""
     from qcompiler.passes import RECIPE_PASSES, Pass
@@ -134,6 +150,7 @@ class Recipe:
             schemes must then ask for the same weight format.
         overrides: in order, the last match wins.
         passes: what runs between analysis and rewriting, in order; the last one must solve every site.
+        calibration: see `Calibration`.
         allow: see `Allow`.
         strict_groups: make a short last group an error.
     """
@@ -146,6 +163,7 @@ class Recipe:
     passes: tuple[Annotated[Any, BeforeValidator(_one_pass)], ...] = Field(
         default=("round_to_nearest",), validate_default=True
     )
+    calibration: Calibration = Calibration()
     allow: Allow = Allow()
     strict_groups: bool = False
     description: str = ""
