@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from qcompiler.graph.constants import attribute, free_name, readers, set_parameter, storage_key
 from qcompiler.graph.calls import call
+from qcompiler.graph.constants import attribute, free_name, readers, set_parameter, storage_key
 from qcompiler.graph.edit import args, get_constant
 from qcompiler.graph.graph import Graph
 from qcompiler.ops.experts_linear import EXPERTS_LINEAR

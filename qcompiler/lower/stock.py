@@ -3,6 +3,7 @@
     ai.qcompiler::LinearNBit     ─▶  com.microsoft::MatMulNBits   (int8 activations: accuracy_level 4)
       static int8 activations    ─▶  QuantizeLinear + com.microsoft::MatMulIntegerToFloat   (8 bits, one scale a row)
     ai.qcompiler::LinearMixed    ─▶  the same of x without its outlier columns, + MatMul of those
+    ai.qcompiler::LinearExpertsNBit  ─▶  one LinearNBit an expert, on the rows gathered for it (split_experts)
     ai.qcompiler::EmbeddingNBit  ─▶  Gather + unpack + scale
 
 `MatMulNBits` wants one scale a block of a power of two: a scale of the whole row is repeated for its blocks. Its int8 activations
@@ -17,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.errors import UnsupportedError
+from qcompiler.lower.split_experts import split_experts
 from qcompiler.lower.stock_products import StaticMatrix, initializer, inputs_of, read_bytes, takes_static, without_outliers
 from qcompiler.ops import layout
 from qcompiler.ops.formats import Activation, AffineFormat
@@ -110,6 +112,7 @@ def to_stock(model: ir.Model) -> dict[str, dict[str, int]]:
     Returns:
         Bytes by `codes`, `scales`, `zeros`, `padding` for each weight, by the name of its packed codes.
     """
+    whole = split_experts(model)
     weights: dict[str, StockWeight] = {}
     for node in list(model.graph.all_nodes()):
         if node.domain != DOMAIN:
@@ -132,7 +135,12 @@ def to_stock(model: ir.Model) -> dict[str, dict[str, int]]:
     model.graph.opset_imports.setdefault(MICROSOFT, 1)
     for value in [v for v in model.graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
         del model.graph.initializers[value.name]
-    return {name: weight.bytes() for name, weight in weights.items()}
+    totals: dict[str, dict[str, int]] = {}
+    for name, weight in weights.items():
+        total = totals.setdefault(whole.get(name, name), {})
+        for kind, size in weight.bytes().items():
+            total[kind] = total.get(kind, 0) + size
+    return totals
 
 
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:

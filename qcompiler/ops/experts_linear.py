@@ -28,8 +28,7 @@ def rows_by_expert(expert: torch.Tensor, experts: int) -> Iterator[tuple[int, to
     hit, counts = torch.unique_consecutive(expert[order], return_counts=True)
     if len(hit) and not (0 <= int(hit[0]) and int(hit[-1]) < experts):
         raise ValueError(f"expert indices lie in [{int(hit[0])}, {int(hit[-1])}], expected [0, {experts - 1}]")
-    for index, rows in zip(hit.tolist(), order.split(counts.tolist()), strict=True):
-        yield index, rows
+    yield from zip(hit.tolist(), order.split(counts.tolist()), strict=True)
 
 
 def experts_linear(

@@ -29,6 +29,11 @@ class _Probe(Interpreter):
         self.hit: dict[str, set[int]] = {s.name: set() for s in self.sites.values() if s.kind == "experts"}
         self.sums = {s.name: [0.0, 0.0] for s in self.sites.values()}
 
+    def missed(self) -> dict[str, list[int]]:
+        """Experts that no row was for, by the site's name."""
+        found = {s.name: sorted({*range(s.experts)} - self.hit[s.name]) for s in self.sites.values() if s.name in self.hit}
+        return {name: experts for name, experts in found.items() if experts}
+
     @staticmethod
     def _product(graph: Graph, site: Site, context: Context) -> SiteProduct:
         weight = graph.constant(site.weight) if site.name in context.outliers else None
@@ -75,6 +80,9 @@ def output_sqnr(graph: Graph, context: Context, samples: list[dict[str, Any]]) -
             context.reporter.layer(index + 1, len(samples), "sample")
             # the graph's placeholders take the flattened leaves of the keyword arguments, in order
             probe.run(*torch.utils._pytree.tree_leaves(sample))
+    for name, missed in probe.missed().items():
+        numbers = ", ".join(map(str, missed))
+        context.reporter.note(f"{name}: no row of the samples meets expert {numbers}; measured without")
     return {name: _db(signal, noise) for name, (signal, noise) in probe.sums.items()}
 
 
