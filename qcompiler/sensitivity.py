@@ -52,7 +52,7 @@ def sensitivity(
     keep_bits: int = 8,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Measure how much each linear layer of a language model matters at each width.
+    """Measure how much each linear layer of a language model (and each mixture of experts) matters at each width.
 
     Args:
         model: a checkpoint directory, a hub id or `reference`; a decoder language model.
@@ -66,7 +66,7 @@ def sensitivity(
 
     Returns:
         A dict for JSON: `schema`, `model`, `text`, `samples`, `length`, `tokens`, `bits`, `group`, `layers` (in graph order:
-        `name`, `role`, `shape` `[n, k]`, `weights`, `tied`, and `kld`: by bits `mean` in nats a token and `se` over windows),
+        `name`, `role`, `shape` of the weight, `weights`, `tied`, and `kld`: by bits `mean` in nats and `se` over windows),
         `ranking` (by bits the names, the most sensitive first), `seconds`, and `recipe` (a mapping, or None).
 
     Raises:
@@ -76,7 +76,7 @@ def sensitivity(
         GateError: the model's predictions are not finite.
     """
     reporter, start = reporter or Silent(), time.perf_counter()
-    widths = _check(bits, group, samples)
+    widths = _check(bits, group, samples, threads)
     # Before the model is read: a misspelt recipe should not cost minutes.
     chosen = recipes.load("int4" if base is None else base) if keep is not None else None
     from qcompiler.capture.checkpoint import load
@@ -84,6 +84,7 @@ def sensitivity(
 
     reporter.stage("load")
     loaded = load(model)
+    windows, description = _windows(loaded, text, samples, length, reporter)
     reporter.stage("capture")
     prepared = prepare(loaded.model)
     if prepared.kind != "decoder":
@@ -92,11 +93,10 @@ def sensitivity(
             "predictions to rank its layers by; expected a decoder language model"
         )
     graph = _analysed(prepared, reporter)
-    sites = [site for site in graph.sites if site.kind == "linear"]
+    sites = [site for site in graph.sites if site.kind != "embedding"]
     layers = [_described(site, graph) for site in sites]
     if chosen is not None:
         candidates(chosen, layers, keep or 0, keep_bits, widths)  # refuse now what would be refused in the end
-    windows, description = _windows(loaded, text, samples, length, reporter)
     with _threads(threads), torch.inference_mode():
         _measure(graph, prepared, sites, layers, windows, widths, group, reporter)
     result: dict[str, Any] = {
@@ -122,7 +122,7 @@ def _ranked(layers: Sequence[dict[str, Any]], bits: int) -> list[str]:
     return [layer["name"] for layer in sorted(layers, key=lambda layer: -layer["kld"][str(bits)]["mean"])]
 
 
-def _check(bits: Sequence[int], group: int, samples: int) -> list[int]:
+def _check(bits: Sequence[int], group: int, samples: int, threads: int | None) -> list[int]:
     """The widths without repetition, the widest first."""
     if not bits or any(b not in BITS for b in bits):
         raise UsageError(f"bits are {', '.join(map(str, bits)) or 'none'}, expected some of {', '.join(map(str, BITS))}")
@@ -130,6 +130,8 @@ def _check(bits: Sequence[int], group: int, samples: int) -> list[int]:
         raise UsageError(f"group is {group}, expected one of {', '.join(map(str, GROUPS))} (0: the whole row)")
     if samples < 1:
         raise UsageError(f"samples is {samples}, expected at least 1")
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}, expected at least 1")
     return sorted(set(bits), reverse=True)
 
 
@@ -150,8 +152,8 @@ def _analysed(prepared: Prepared, reporter: Reporter) -> Graph:
 
 def _described(site: Site, graph: Graph) -> dict[str, Any]:
     tied = [s.name for s in graph.sites if s is not site and site.tie_group is not None and s.tie_group == site.tie_group]
-    n, k = site.shape
-    return {"name": site.name, "role": site.role, "shape": [n, k], "weights": n * k, "tied": tied, "kld": {}}
+    shape = list(site.weight_shape)
+    return {"name": site.name, "role": site.role, "shape": shape, "weights": site.size, "tied": tied, "kld": {}}
 
 
 def _windows(
@@ -196,18 +198,24 @@ def _measure(
             for env in envs:
                 run.run(env, at, position)
             at = position
-            weight = graph.constant(site.weight)
             for bits in widths:
                 try:
-                    rounded = affine.fit(weight, AffineFormat(bits, group), "mse").dequantize()
-                    kld[str(bits)] = _divergence(run, envs, expected, position, rounded)
+                    kld[str(bits)] = _divergence(run, envs, expected, position, _rounded(graph, site, bits, group))
                 except ValueError as error:
                     raise InputError(f"layer {site.name} at {bits} bits: {error}") from error
             reporter.layer(done, len(sites), site.name, f"KL {kld[str(widths[-1])]['mean']:.2g} at {widths[-1]} bits")
 
 
+def _rounded(graph: Graph, site: Site, bits: int, group: int) -> dict[int, torch.Tensor]:
+    """The site's weight, rounded to nearest and back in float, by its position among the arguments of the site's node."""
+    format = AffineFormat(bits, group)
+    parts = [affine.fit(weight, format, "mse").dequantize() for _, weight in graph.matrices(site)]
+    inputs = [isinstance(a, Node) and a.op == "get_attr" and str(a.target) == site.weight for a in site.node.args]
+    return {inputs.index(True): torch.stack(parts) if site.kind == "experts" else parts[0]}
+
+
 def _divergence(
-    run: PartialRun, envs: list[dict[Node, Any]], expected: np.ndarray, position: int, weight: torch.Tensor
+    run: PartialRun, envs: list[dict[Node, Any]], expected: np.ndarray, position: int, weight: dict[int, torch.Tensor]
 ) -> dict[str, float | None]:
     """Mean divergence, with its standard error, of the rest of the graph from `position` on with another weight there."""
     mean = Mean()
@@ -241,8 +249,6 @@ def _float_logits(run: PartialRun, envs: list[dict[Node, Any]], file: Any, repor
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    if count is not None and count < 1:
-        raise UsageError(f"threads is {count}, expected at least 1")
     before = torch.get_num_threads()
     torch.set_num_threads(before if count is None else count)
     try:

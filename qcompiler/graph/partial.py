@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -52,16 +53,18 @@ class PartialRun:
         """The environment before the first node; `inputs` are the graph's keyword arguments."""
         return dict(zip(self.placeholders, _pytree.tree_leaves(inputs), strict=True))
 
-    def run(self, env: dict[Node, Any], start: int, stop: int | None, weight: torch.Tensor | None = None) -> None:
+    def run(
+        self, env: dict[Node, Any], start: int, stop: int | None, replaced: Mapping[int, torch.Tensor] | None = None
+    ) -> None:
         """Run nodes `start` up to `stop` (None: to the end) in `env`, and drop what is not read any more.
 
-        `weight` replaces the second argument of the first of them.
+        `replaced`: other values for arguments of the first of them, by position.
         """
         for i in range(start, len(self.nodes) if stop is None else stop):
             node = self.nodes[i]
             args, kwargs = map_arg((node.args, node.kwargs), lambda n: self._value(n, env))
-            if weight is not None and i == start:
-                args = (args[0], weight, *args[2:])
+            if replaced and i == start:
+                args = tuple(replaced.get(position, value) for position, value in enumerate(args))
             assert callable(node.target)
             env[node] = node.target(*args, **kwargs)
             for value in self.ends.get(i, ()):
