@@ -40,8 +40,8 @@ class TensorInfo:
     """One input or output of the graph.
 
     `shape` holds numbers and, for free axes, names. `role` says what an input is for: `tokens`, `positions`, `mask`,
-    `token_types`, `past_length`, `logits_to_keep`, `past_key`, `past_value` or `other`; what an output is: `logits`,
-    `hidden`, `pooled`, `present_key`, `present_value` or `other`.
+    `token_types`, `past_length`, `logits_to_keep`, `past_key`, `past_value`, `past_state` or `other`; what an output is:
+    `logits`, `hidden`, `pooled`, `present_key`, `present_value`, `present_state` or `other`.
     """
 
     name: str
@@ -64,12 +64,35 @@ class CacheLayer:
 
 
 @dataclass(frozen=True)
+class CacheState:
+    """Another tensor of a layer's cache, by its graph names: zeros before the first token, replaced by every step.
+
+    One axis of it may be free: that one is empty at first, and grows.
+    """
+
+    past: str
+    present: str
+
+
+@dataclass(frozen=True)
 class CacheInfo:
-    """How the cache works: `kind` is `shared` or `growing`; `past_length` names the input of a shared one."""
+    """How the cache works: `kind` is `shared`, `growing` or `state` (no layer has keys and values).
+
+    `past_length` names the input of a shared one; `step` is the most tokens that a run takes, None for any number.
+    """
 
     kind: str
     past_length: str | None
     layers: tuple[CacheLayer, ...]
+    states: tuple[CacheState, ...] = ()
+    step: int | None = None
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Past and present names of every tensor: keys and values of each layer in turn, then the states."""
+        pairs = []
+        for layer in self.layers:
+            pairs += [(layer.past_key, layer.present_key), (layer.past_value, layer.present_value)]
+        return pairs + [(state.past, state.present) for state in self.states]
 
 
 @dataclass(frozen=True)
@@ -268,6 +291,7 @@ class _Reader:
         roles = dict(_ROLE_OF_NAME)
         for layer in cache.layers if cache is not None else ():
             roles |= {layer.past_key: "past_key", layer.past_value: "past_value"}
+        roles |= {state.past: "past_state" for state in (cache.states if cache is not None else ())}
         if cache is not None and cache.past_length is not None:
             roles[cache.past_length] = "past_length"
         infos = []
@@ -283,7 +307,7 @@ class _Reader:
         return tuple(infos)
 
     def cache(self, table: dict[str, Any]) -> CacheInfo:
-        kind = self.choice(table.get("kind"), "cache.kind", ("shared", "growing"))
+        kind = self.choice(table.get("kind"), "cache.kind", ("shared", "growing", "state"))
         past_length = table.get("past_length")
         if kind == "shared":
             past_length = self.text(past_length, "cache.past_length")
@@ -302,7 +326,15 @@ class _Reader:
                     dtype=self.text(item.get("dtype"), f"{at}.dtype"),
                 )
             )
-        return CacheInfo(kind, past_length, tuple(layers))
+        step = self.optional(table.get("step"), "cache.step")
+        if step == 0:
+            self.fail("cache.step", step, "a number, 1 or more")
+        states = []
+        for index, item in enumerate(self.sequence(table.get("states", []), "cache.states")):
+            at = f"cache.states[{index}]"
+            item = self.table(item, at)
+            states.append(CacheState(*(self.text(item.get(key), f"{at}.{key}") for key in ("past", "present"))))
+        return CacheInfo(kind, past_length, tuple(layers), tuple(states), step)
 
     def fail(self, key: str, found: object, expected: str) -> None:
         raise InputError(f"{self.source}: {key} is {found!r}, expected {expected}")

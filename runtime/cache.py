@@ -1,7 +1,7 @@
-"""Where a decoder's keys and values live between calls. Two kinds, one interface: bind, commit, reset.
+"""Where a decoder's keys, values and states live between calls. Two kinds, one interface: bind, commit, reset.
 
 `SharedCache`: one buffer `[1, heads, capacity, head_dim]` a tensor, bound as past and as present. Nothing is copied
-per token; a full buffer is replaced by one of twice the size.
+per token; a full buffer is replaced by one of twice the size. A state of fixed shape has two buffers that take turns.
 `GrowingCache`: the present that came out goes in as the next past, as ONNX Runtime's own value.
 """
 
@@ -60,18 +60,18 @@ class _Tensor:
 
 
 def _tensors(artifact: Artifact) -> list[_Tensor]:
-    """The past tensors of the manifest's cache, keys and values of each layer in turn."""
+    """The past tensors of the manifest's cache: keys and values of each layer in turn, then the states."""
     assert artifact.cache is not None
     inputs = {info.name: info for info in artifact.inputs}
+    states = {state.past for state in artifact.cache.states}
     tensors = []
-    for layer in artifact.cache.layers:
-        for past, present in ((layer.past_key, layer.present_key), (layer.past_value, layer.present_value)):
-            if (info := inputs.get(past)) is None:
-                raise InputError(f"{artifact.path}: the cache names the input {past!r}, which `inputs` does not list")
-            shape = tuple(dim if isinstance(dim, int) else None for dim in info.shape)
-            if shape.count(None) != 1:
-                raise InputError(f"{artifact.path}: {past} has the shape {list(info.shape)}, expected one free axis")
-            tensors.append(_Tensor(past, present, shape, np.dtype(info.dtype)))
+    for past, present in artifact.cache.pairs():
+        if (info := inputs.get(past)) is None:
+            raise InputError(f"{artifact.path}: the cache names the input {past!r}, which `inputs` does not list")
+        shape = tuple(dim if isinstance(dim, int) else None for dim in info.shape)
+        if shape.count(None) != 1 and not (past in states and None not in shape):
+            raise InputError(f"{artifact.path}: {past} has the shape {list(info.shape)}, expected one free axis")
+        tensors.append(_Tensor(past, present, shape, np.dtype(info.dtype)))
     return tensors
 
 
@@ -81,6 +81,30 @@ def make_cache(artifact: Artifact, capacity: int | None = None) -> Cache:
     if artifact.cache.kind == "shared":
         return SharedCache(artifact, capacity)
     return GrowingCache(artifact)
+
+
+class _States:
+    """States of fixed shape in two buffers each: a step reads one and writes the other, then they change places."""
+
+    def __init__(self, tensors: list[_Tensor]) -> None:
+        self._tensors = tensors
+        self._arrays = [[tensor.zeros(0) for tensor in tensors] for _ in range(2)]
+        values = [[onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays] for arrays in self._arrays]
+        self.past, self._present = values
+
+    def bind(self, binding: onnxruntime.IOBinding) -> None:
+        for tensor, past, present in zip(self._tensors, self.past, self._present, strict=True):
+            binding.bind_ortvalue_input(tensor.past, past)
+            binding.bind_ortvalue_output(tensor.present, present)
+
+    def commit(self) -> bool:
+        """The presents are the pasts of the next step. True where there are any."""
+        self.past, self._present = self._present, self.past
+        return bool(self._tensors)
+
+    def reset(self) -> None:
+        for array in (array for arrays in self._arrays for array in arrays):
+            array.fill(0)
 
 
 class SharedCache:
@@ -93,7 +117,9 @@ class SharedCache:
 
     def __init__(self, artifact: Artifact, capacity: int | None = None) -> None:
         self._context = artifact.context
-        self._tensors = _tensors(artifact)
+        tensors = _tensors(artifact)
+        self._tensors = [tensor for tensor in tensors if None in tensor.shape]
+        self._states = _States([tensor for tensor in tensors if None not in tensor.shape])
         self._arrays: list[np.ndarray] = []
         self.values: list[onnxruntime.OrtValue] = []
         self.length = 0
@@ -130,17 +156,19 @@ class SharedCache:
         for tensor, value in zip(self._tensors, self.values, strict=True):
             binding.bind_ortvalue_input(tensor.past, value)
             binding.bind_ortvalue_output(tensor.present, value)
+        self._states.bind(binding)
 
     def commit(self, binding: onnxruntime.IOBinding, new: int) -> bool:
         self.length += new
-        return False
+        return self._states.commit()
 
     def reset(self) -> None:
         self.length = 0
+        self._states.reset()
 
 
 class GrowingCache:
-    """Every run makes a longer present; it is handed back as the past without leaving ONNX Runtime."""
+    """Every run makes a new present; it is handed back as the past without leaving ONNX Runtime."""
 
     def __init__(self, artifact: Artifact) -> None:
         self._tensors = _tensors(artifact)

@@ -11,7 +11,7 @@ from qcompiler.errors import InputError, UnsupportedError
 from qcompiler.runtime.artifact import Artifact, TensorInfo
 from qcompiler.runtime.cache import Cache, make_cache
 
-_CACHE_ROLES = ("past_key", "past_value")
+_CACHE_ROLES = ("past_key", "past_value", "past_state")
 _FED = ("tokens", "positions", "mask", "token_types", "past_length", "logits_to_keep")
 
 
@@ -19,6 +19,7 @@ class Decoder(Protocol):
     """What a `Session` needs of whatever runs a decoder (ONNX Runtime here, torch elsewhere)."""
 
     vocabulary: int
+    step: int | None  # see `CacheInfo`
 
     @property
     def length(self) -> int:
@@ -50,6 +51,7 @@ class OnnxDecoder:
                 )
         if artifact.input("tokens") is None:
             raise InputError(f"{artifact.path}: a decoder with no input of the role `tokens`")
+        self.step = artifact.cache.step
         logits = [info for info in artifact.outputs if info.role == "logits"]
         if not logits or not isinstance(logits[0].shape[-1], int):
             raise InputError(f"{artifact.path}: no output with the role `logits` and a fixed last axis")

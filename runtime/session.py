@@ -99,8 +99,8 @@ class Session:
         Raises `CapacityError`, with the cache as it was, when they do not fit the context.
         """
         ids = self._checked(tokens)
-        for start in range(0, len(ids), PIECE):
-            logits = self.decoder.run(ids[start : start + PIECE], 1)
+        for piece in self._pieces(ids):
+            logits = self.decoder.run(piece, 1)
         return logits[-1]
 
     def step(self, token: int) -> np.ndarray:
@@ -119,8 +119,12 @@ class Session:
         """
         self.reset()
         ids = self._checked(tokens)
-        pieces = [ids[start : start + PIECE] for start in range(0, len(ids), PIECE)]
-        return np.concatenate([self.decoder.run(piece, len(piece)) for piece in pieces])
+        return np.concatenate([self.decoder.run(piece, len(piece)) for piece in self._pieces(ids)])
+
+    def _pieces(self, ids: np.ndarray) -> list[np.ndarray]:
+        """`ids` as they go through the graph: in equal pieces and a rest, or as many at once as the graph takes."""
+        size = min(self.decoder.step or PIECE, PIECE)
+        return [ids[start : start + size] for start in range(0, len(ids), size)]
 
     def check_room(self, new: int) -> None:
         """Raise `CapacityError` when `new` more positions are beyond the model's context."""

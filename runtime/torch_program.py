@@ -65,11 +65,8 @@ class TorchDecoder:
             raise InputError(f"{artifact.path}: no output with the role `logits` and a fixed last axis")
         self._program, self._logits = program, logits[0].name
         self.vocabulary = int(logits[0].shape[-1])
-        self._pairs = [
-            pair
-            for layer in artifact.cache.layers
-            for pair in ((layer.past_key, layer.present_key), (layer.past_value, layer.present_value))
-        ]
+        self._pairs = artifact.cache.pairs()
+        self.step = artifact.cache.step
         self._infos = {info.name: info for info in artifact.inputs}
         self.reset()
 
@@ -90,8 +87,8 @@ class TorchDecoder:
             if info.role == "tokens":
                 feeds[name] = tokens[None].astype(info.dtype)
             elif info.role == "positions":
-                shape = (1, count) if len(info.shape) == 2 else (count,)
-                feeds[name] = np.arange(self._length, total, dtype=info.dtype).reshape(shape)
+                lead = [dim if isinstance(dim, int) else 1 for dim in info.shape[:-1]]
+                feeds[name] = np.broadcast_to(np.arange(self._length, total, dtype=info.dtype), [*lead, count]).copy()
             elif info.role == "mask":
                 feeds[name] = np.ones((1, total), info.dtype)
             elif info.role == "token_types":
@@ -105,5 +102,5 @@ class TorchDecoder:
 
 
 def _empty(info: TensorInfo) -> np.ndarray:
-    """A cache tensor of no positions."""
+    """A cache tensor of no positions; a state before the first token."""
     return np.zeros([0 if isinstance(size, str) else size for size in info.shape], info.dtype)

@@ -45,6 +45,31 @@ def _renamed(expression: str, names: dict[str, str]) -> str:
     return "total_length" if text in _TOTAL else text
 
 
+def longest(program: torch.export.ExportedProgram, prepared: Prepared, limit: int) -> int:
+    """The largest `length`, up to `limit`, at which a traced program is right, and at every smaller one from 2.
+
+    A tracer follows the model's own code for the lengths that it sees and leaves a guard wherever that code asked
+    something of them, such as how many chunks there are; an ONNX graph has no guards.
+    """
+    guards = program.module()._guards_fn
+    tensors = get_leaf_tensors(prepared.inputs)
+    for length in range(2, limit + 1):
+        for past in (7, 300):
+            sizes = {"length": length, "past_length": past, "total_length": past + length}
+            empty = [
+                torch.empty(
+                    [sizes.get(prepared.axes[path].get(at, ""), size) for at, size in enumerate(tensor.shape)],
+                    dtype=tensor.dtype, device="meta",
+                )
+                for path, tensor in tensors.items()
+            ]  # fmt: skip
+            try:
+                guards(*empty)
+            except Exception:
+                return length - 1
+    return limit
+
+
 def program_ports(program: torch.export.ExportedProgram, prepared: Prepared) -> tuple[list[Port], list[Port]]:
     """Inputs and outputs of an exported torch program. An input's `name` is its placeholder's, an output's its path."""
     nodes = {node.name: node.meta.get("val") for node in program.graph.nodes}

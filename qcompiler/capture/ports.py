@@ -18,7 +18,8 @@ _INPUT_ROLES = {
     "logits_to_keep": "logits_to_keep",
 }
 _OUTPUT_ROLES = {"logits": "logits", "last_hidden_state": "hidden", "pooler_output": "pooled"}
-_CACHE_LEAF = re.compile(r"^past_key_values\.layers\.(\d+)\.(keys|values)$")
+_CACHE_LEAF = re.compile(r"^(?:past_key_values|cache_params)\.layers\.(\d+)\.(.+)$")
+_PAIR = {"keys": "key", "values": "value"}
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class Port:
         name: its name in the ONNX graph, e.g. `input_ids` or `input.past_key_values.layers.0.keys`.
         path: where it sits in the model's own arguments or outputs, e.g. `past_key_values.layers.0.keys`.
         role: for an input `tokens`, `positions`, `mask` (1 for a token that counts), `token_types`, `past_key`,
-            `past_value` or `other`; for an output `logits`, `hidden`, `pooled`, `present_key`, `present_value` or
-            `other`.
+            `past_value`, `past_state` or `other`; for an output `logits`, `hidden`, `pooled`, `present_key`,
+            `present_value`, `present_state` or `other`. A state is any other tensor of the cache: one of fixed shape is
+            replaced by every step.
         layer: which cache layer a past or present belongs to, else None.
         shape: a size or a name for each axis. Names: `batch`, `length` (new tokens), `past_length` (tokens in the
             cache), `total_length` (both); anything else is an expression of these or a name of its own.
@@ -58,6 +60,6 @@ def _port(name: str, side: Literal["input", "output"], shape: tuple[Dimension, .
     path = name.removeprefix(f"{side}.")
     if cached := _CACHE_LEAF.match(path):
         time = "past" if side == "input" else "present"
-        return Port(name, path, f"{time}_{cached[2].removesuffix('s')}", int(cached[1]), shape, dtype)
+        return Port(name, path, f"{time}_{_PAIR.get(cached[2], 'state')}", int(cached[1]), shape, dtype)
     roles = _INPUT_ROLES if side == "input" else _OUTPUT_ROLES
     return Port(name, path, roles.get(path, "other"), None, shape, dtype)

@@ -14,7 +14,7 @@ from qcompiler.artifact.manifest import version
 from qcompiler.capture.quiet import Quiet
 from qcompiler.errors import UnsupportedError
 from qcompiler.lower.last_logits import keep_last_logits
-from qcompiler.lower.share_cache import CacheResult, cache_layers, share_cache
+from qcompiler.lower.share_cache import CacheResult, cache_layers, cache_states, share_cache
 from qcompiler.ops.onnx_ops import attach_bodies
 from qcompiler.pipeline.trace import plain
 
@@ -57,8 +57,11 @@ def lower(model: ir.Model, *, decoder: bool) -> Lowered:
             raise UnsupportedError(
                 f"ONNX Runtime's fusions failed on the exported graph: {type(error).__name__}: {error}"
             ) from error
-    layers = cache_layers(model)
-    cache = share_cache(model) if decoder and layers else CacheResult("growing", reason="no cache")
+    cache = CacheResult("growing", reason="no cache")
+    if decoder and cache_layers(model):
+        cache = share_cache(model)
+    elif decoder and cache_states(model):
+        cache = CacheResult("state", reason="no layer has keys and values")
     notes["tidy"] = tidy.tidy(model)
     if decoder:
         notes["last_logits"] = plain(keep_last_logits(model))

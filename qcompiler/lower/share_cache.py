@@ -28,6 +28,7 @@ PAST_LENGTH = "past_length"
 CAPACITY = "capacity"
 _LENGTH_AXIS = 2
 _CACHE_INPUT = re.compile(r"^(?P<stem>.*\.(?P<layer>\d+))\.(?:keys|key)$")
+_STATE_INPUT = re.compile(r"^input\..*?\.(?P<layer>\d+)\.(?P<leaf>.+)$")
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,27 @@ class CacheLayer:
 
 
 @dataclass(frozen=True)
+class CacheState:
+    """The graph input and output that carry another tensor of one layer's cache, by name."""
+
+    past: str
+    present: str
+    layer: int
+
+
+@dataclass(frozen=True)
 class CacheResult:
     """How the model's cache works now.
 
     Attributes:
-        kind: `shared` when the model was rewritten, `growing` when it was left as it is.
+        kind: `shared` when the model was rewritten, `growing` when it was left as it is, `state` when nothing in it has
+            a length.
         past_length: name of the input that says how much of the buffers is filled; None for `growing`.
         rewritten: how many reads of the past's length now read that input.
         reason: why it is still `growing`, naming the node in the way; None for `shared`.
     """
 
-    kind: Literal["shared", "growing"]
+    kind: Literal["shared", "growing", "state"]
     past_length: str | None = None
     rewritten: int = 0
     reason: str | None = None
@@ -81,6 +92,22 @@ def cache_layers(model: ir.Model) -> list[CacheLayer]:
     return [layer for _, layer in sorted(layers, key=lambda item: (item[0], item[1].past_key))]
 
 
+def cache_states(model: ir.Model) -> list[CacheState]:
+    """What the cache of an exported decoder holds beside keys and values, in the order of the graph's inputs.
+
+    Any other tensor of a cache that goes in and comes out, such as `input.cache_params.layers.0.conv_states.0`.
+    """
+    outputs = {value.name for value in model.graph.outputs}
+    pairs = {name for layer in cache_layers(model) for name in (layer.past_key, layer.past_value)}
+    states = []
+    for value in model.graph.inputs:
+        match = _STATE_INPUT.match(value.name or "")
+        present = (value.name or "").replace("input.", "output.", 1)
+        if match is not None and value.name not in pairs and present in outputs:
+            states.append(CacheState(str(value.name), present, int(match["layer"])))
+    return states
+
+
 def share_cache(model: ir.Model, layers: Sequence[CacheLayer] | None = None) -> CacheResult:
     """Let every cache of `model` (`layers`; default those of `cache_layers`) be one buffer for past and present.
 
@@ -90,6 +117,7 @@ def share_cache(model: ir.Model, layers: Sequence[CacheLayer] | None = None) -> 
     """
     layers = cache_layers(model) if layers is None else layers
     try:
+        _check_states(model)
         reads = _length_reads(model, layers)
     except _Refused as why:
         return CacheResult("growing", reason=str(why))
@@ -98,6 +126,15 @@ def share_cache(model: ir.Model, layers: Sequence[CacheLayer] | None = None) -> 
     _replace_reads(model.graph, reads, past_length)
     _declare_capacity(model.graph, layers)
     return CacheResult("shared", PAST_LENGTH, rewritten=len(reads))
+
+
+def _check_states(model: ir.Model) -> None:
+    """Raise `_Refused` where the cache has a tensor that grows beside the keys and values."""
+    shapes = {value.name: value.shape for value in model.graph.inputs}
+    for state in cache_states(model):
+        shape = shapes[state.past]
+        if shape is None or not all(isinstance(dim, int) for dim in shape):
+            raise _Refused(f"{state.past} grows as well, with the shape {shape}; expected keys and values only")
 
 
 @dataclass(frozen=True)

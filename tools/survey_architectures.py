@@ -1,0 +1,362 @@
+"""Survey of the model types of transformers: which its exporter can trace, which are captured, which compile and compute
+the same.
+
+For every text model type that has a class for causal language models, an encoder class that takes token ids, or an
+encoder-decoder class, a small model is made (`tiny_configurations.py`), and in a process of its own, with a time limit:
+
+  exporter   the unmodified exporter of transformers traces the decode step of its own decomposition (decoders) or the
+             forward pass (others); measured on its own where the capture fails, else it was traced within the capture
+  captured   `prepare` and the exporter give a graph that computes what the model computes: for decoders in pieces of
+             1, 6, 1, 5 and 1 tokens, for encoders at other batches and lengths than it was traced with
+  compiled   `qcompiler compile` with recipe int4 (nothing is required to be covered), and a session computes what the
+             fake-quantized torch graph computes: within 1e-4 of the largest output with float activations
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+PARITY, LOWERED = 1e-4, 1e-4  # relative to the largest output
+PIECES = (1, 6, 1, 5, 1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("types", nargs="*", help="model types (default: all of them)")
+    parser.add_argument("-o", "--output", type=Path, default=Path("architectures.json"), help="results, kept up to date")
+    parser.add_argument("--limit", type=float, default=180, help="seconds for one type (default: 180)")
+    parser.add_argument("--no-compile", action="store_true", help="stop after the capture")
+    parser.add_argument("--resume", action="store_true", help="skip the types that the output file has already")
+    parser.add_argument("--markdown", action="store_true", help="print the table of an existing output file, run nothing")
+    options = parser.parse_args()
+    if options.markdown:
+        print(markdown(json.loads(options.output.read_text())["types"]))
+        return 0
+    warnings.simplefilter("ignore")
+    from tiny_configurations import classes
+
+    known = classes()
+    if unknown := sorted(set(options.types) - set(known)):
+        parser.error(f"unknown types: {', '.join(unknown)}")
+    results: dict[str, dict] = {}
+    if options.output.is_file() and (options.resume or options.types):
+        results = json.loads(options.output.read_text())["types"]
+    wanted = [name for name in options.types or known if not (options.resume and name in results)]
+    _import_everything()
+    for at, name in enumerate(wanted, 1):
+        results[name] = _in_a_process(name, *known[name], options.limit, not options.no_compile)
+        _save(options.output, results)
+        print(f"[{at}/{len(wanted)}] {_line(name, results[name])}", file=sys.stderr, flush=True)
+    print(markdown(results))
+    return 0
+
+
+def _save(path: Path, results: dict[str, dict]) -> None:
+    import torch
+    import transformers
+
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps({"versions": versions, "types": dict(sorted(results.items()))}, indent=1) + "\n")
+    aside.replace(path)
+
+
+def _line(name: str, result: dict) -> str:
+    words = " ".join(f"{key}={result.get(key)}" for key in ("built", "exporter", "captured", "compiled"))
+    return f"{name} {words} {result['seconds']} s {result.get('reason', '')[:200]}"
+
+
+# ---- one type, in a process of its own
+
+
+def _import_everything() -> None:
+    """Once, before the forks: it takes longer than most types."""
+    import onnxruntime  # noqa: F401
+    import torch._dynamo  # noqa: F401
+    import transformers.exporters.exporter_onnx  # noqa: F401
+
+    import qcompiler.compiler  # noqa: F401
+    import qcompiler.lower.onnx  # noqa: F401
+    import tests.pipeline.test_architectures  # noqa: F401
+
+    transformers.logging.set_verbosity_error()
+
+
+def _in_a_process(name: str, class_name: str, form: str, limit: float, compiles: bool) -> dict[str, Any]:
+    """Survey one type in a fork; what was written before the time ran out counts."""
+    start = time.monotonic()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        # Exporters speak a lot; what a type's own code prints is of no interest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        with os.fdopen(writer, "w") as out:
+            _survey(name, class_name, form, compiles, lambda **found: print(json.dumps(found), file=out, flush=True))
+        os._exit(0)
+    os.close(writer)
+    os.set_blocking(reader, False)
+    result: dict[str, Any] = {"class": class_name, "form": form}
+    text = b""
+    while True:
+        ended = os.waitpid(child, os.WNOHANG)[0] != 0
+        late = time.monotonic() - start > limit
+        if late and not ended:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        try:
+            while piece := os.read(reader, 1 << 16):
+                text += piece
+        except BlockingIOError:
+            pass
+        if ended or late:
+            break
+        time.sleep(0.05)
+    os.close(reader)
+    for line in text.decode().splitlines():
+        result |= json.loads(line)
+    if late and not ended:
+        result.setdefault("reason", f"not done within {limit:g} s")
+    result["seconds"] = round(time.monotonic() - start, 1)
+    return result
+
+
+def _survey(name: str, class_name: str, form: str, compiles: bool, tell: Any) -> None:
+    import resource
+    import tempfile
+
+    import torch
+
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (24 << 30, 24 << 30))
+    stage = "built"
+    try:
+        import transformers
+        from tiny_configurations import tiny_model
+
+        model = tiny_model(getattr(transformers, class_name), name)
+        tell(built=True, text=_takes_text(model))
+        stage = "captured"
+        made = _capture(model, form)
+        tell(captured=True, exporter=True, step=_step(made))
+        if not compiles:
+            return
+        stage = "compiled"
+        with tempfile.TemporaryDirectory() as folder:
+            tell(compiled=True, **_compile(made, Path(folder), form))
+    except BaseException as error:
+        tell(**{stage: False}, stage=stage, reason=_reason(error), trace=traceback.format_exc()[-1500:])
+        if stage == "captured":
+            tell(exporter=False)
+            try:
+                tell(exporter=_exporter(model, form))
+            except BaseException as failure:
+                tell(exporter_reason=_reason(failure))
+
+
+def _takes_text(model: Any) -> bool:
+    import inspect
+
+    return "input_ids" in inspect.signature(model.forward).parameters
+
+
+def _step(made: Any) -> str:
+    step = made.prepared.step
+    return "any number" if step is None else f"{step} tokens" if step > 1 else "one token"
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None and not hasattr(error, "exit_code"):
+        error = error.__cause__
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:500]
+
+
+def _exporter(model: Any, form: str) -> str | bool:
+    """How the exporter by itself traces it: `many tokens`, `one token`, or `forward` for what does not generate."""
+    import torch
+    from transformers.exporters.configs import DynamoConfig
+    from transformers.exporters.exporter_dynamo import DynamoExporter
+    from transformers.exporters.utils import decompose_for_generation
+
+    ids = torch.arange(3, 8)[None]
+    request = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    failure: BaseException | None = None
+    for many in (True, False):
+        try:
+            if form == "encoder":
+                part, inputs = model, {"input_ids": torch.arange(3, 13).reshape(2, 5)}
+            else:
+                part, inputs = decompose_for_generation(model, request, multi_token_decode=many)["decode"]
+            DynamoExporter().export(part, inputs, DynamoConfig(dynamic=True))
+            return "forward" if form == "encoder" else "many tokens" if many else "one token"
+        except Exception as error:
+            failure = failure or error
+            if form == "encoder":
+                break
+    assert failure is not None
+    raise failure
+
+
+def _capture(model: Any, form: str) -> Any:
+    """The captured and analysed graph, compared with the model."""
+    import torch
+
+    from qcompiler.capture.capture import captured
+    from qcompiler.capture.prepare import prepare
+    from tests.captures import ANALYSE, NORMALISE, Analysed, Stepper, relative_error, run
+
+    prepared = prepare(model)
+    graph = captured(prepared)
+    reports = run(graph, NORMALISE) | run(graph, ANALYSE)
+    generator = torch.Generator().manual_seed(2)
+    if prepared.kind == "decoder":
+        tokens = torch.randint(3, _vocabulary(model), (1, sum(PIECES)), generator=generator)
+        with torch.no_grad():
+            expected = _reference(model, tokens)
+        step = Stepper(graph.module, prepared)
+        for new in _pieces(prepared):
+            start = step.past
+            error = relative_error(step(tokens[:, start : start + new]), expected[:, start : start + new])
+            if not error <= PARITY:
+                raise AssertionError(f"{new} tokens after {start}: differs from the model by {error:.2g}")
+        return Analysed(model, prepared, graph, reports, {})
+    for batch, length in ((1, 5), (3, 17)):
+        feed = {"input_ids": torch.randint(3, _vocabulary(model), (batch, length), generator=generator)}
+        for name in set(prepared.inputs) - {"input_ids"}:
+            feed[name] = (torch.ones_like if "mask" in name else torch.zeros_like)(feed["input_ids"])
+        if length > 9 and "attention_mask" in feed:
+            feed["attention_mask"][-1, 9:] = 0
+        with torch.no_grad():
+            expected, found = model(**feed, **prepared.switches), graph.module(**feed)
+        error = relative_error(found, expected)
+        if not error <= PARITY:
+            raise AssertionError(f"batch {batch}, length {length}: differs from the model by {error:.2g}")
+    return Analysed(model, prepared, graph, reports, {})
+
+
+def _pieces(prepared: Any) -> tuple[int, ...]:
+    """`PIECES`, each in steps of the size that the graph takes."""
+    size = prepared.step or max(PIECES)
+    return tuple(min(size, piece - at) for piece in PIECES for at in range(0, piece, size))
+
+
+def _vocabulary(model: Any) -> int:
+    return min(model.config.get_text_config().vocab_size, 128)
+
+
+def _reference(model: Any, tokens: Any) -> Any:
+    """The model's own logits of a whole text."""
+    return model(input_ids=tokens).logits
+
+
+def _compile(made: Any, folder: Path, form: str) -> dict[str, Any]:
+    """Compile to int4 and compare with the same numbers in torch."""
+    from dataclasses import replace
+
+    import numpy as np
+    import torch
+    from torch.utils import _pytree
+
+    import qcompiler
+    from qcompiler import recipe as recipes
+    from qcompiler.capture.feeds import arguments
+    from qcompiler.recipe import Allow
+    from qcompiler.runtime.session import Session
+    from tests.captures import Stepper, relative_error
+    from tests.pipeline.rewire import float_artifact
+    from tests.pipeline.test_architectures import FakeQuantized
+
+    recipe = replace(recipes.load("int4"), allow=Allow(min_coverage=0))
+    result = qcompiler.compile(made.model, output=folder / "out", recipe=recipe, samples=0)
+    fake = FakeQuantized(made, result.quantizer.context.solutions, result.quantizer.context.schemes, True)
+    session = Session(float_artifact(folder / "out", folder / "float"), threads=1)
+    tokens = np.random.default_rng(0).integers(3, _vocabulary(made.model), sum(PIECES))
+    facts = {
+        "cache": (result.manifest["cache"] or {}).get("kind"),
+        "coverage": result.layers["totals"]["coverage"],
+        "unfused": len(result.manifest["unfused"]),
+    }
+    spec = made.graph.module._in_spec if hasattr(made.graph.module, "_in_spec") else None
+
+    def module(**feed: Any) -> Any:
+        leaves = _pytree.tree_leaves(((), feed))
+        found = fake.run(*leaves)
+        return _pytree.tree_unflatten(_pytree.tree_leaves(found), made.graph.module._out_spec) if spec else found
+
+    if made.prepared.kind == "decoder":
+        step = Stepper(module, made.prepared)
+        expected = []
+        for new in _pieces(made.prepared):
+            expected.append(step(torch.from_numpy(tokens[None, step.past : step.past + new]))[0, -1].numpy())
+        found = []
+        at = 0
+        for new in _pieces(made.prepared):
+            found.append(session.prefill(tokens[at : at + new]))
+            at += new
+        error = float(np.abs(np.stack(found) - np.stack(expected)).max() / np.abs(np.stack(expected)).max())
+    else:
+        feed = {name: torch.from_numpy(tokens[None]) for name in ("input_ids",)}
+        for name in set(arguments(made.prepared)) - {"input_ids"}:
+            feed[name] = (torch.ones_like if "mask" in name else torch.zeros_like)(feed["input_ids"])
+        expected = module(**{name: feed[name] for name in arguments(made.prepared)})
+        run = session.run(**{name: value.numpy() for name, value in feed.items()})
+        wanted = {info: value for info, value in _leaves(expected).items()}
+        error = max(relative_error(torch.from_numpy(run[name]), wanted[name]) for name in run)
+    if not error <= LOWERED:
+        raise AssertionError(f"differs from its fake-quantized torch graph by {error:.2g}")
+    return facts | {"error": error}
+
+
+def _leaves(output: Any) -> dict[str, Any]:
+    from transformers.exporters.utils import get_leaf_tensors
+
+    return get_leaf_tensors(output)
+
+
+# ---- the table
+
+
+def markdown(results: dict[str, dict]) -> str:
+    rows = ["| type | class | exporter | captured | compiled | error | remark |", "|---|---|---|---|---|---|---|"]
+    for name, result in sorted(results.items()):
+        yes = [_mark(result.get(key)) for key in ("exporter", "captured", "compiled")]
+        error = f"{result['error']:.0e}" if "error" in result else ""
+        remark = result.get("reason", "").replace("|", "/")[:160]
+        if result.get("step", "any number") != "any number":
+            remark = f"{result['step']} a step; {remark}".rstrip("; ")
+        rows.append(f"| {name} | {result['class']} | {' | '.join(yes)} | {error} | {remark} |")
+    counts = Counter(_outcome(result) for result in results.values())
+    return "\n".join([*rows, "", *(f"{count} {outcome}" for outcome, count in counts.most_common())])
+
+
+def _mark(value: Any) -> str:
+    return "" if value is None else "no" if value is False else "yes" if value is True else str(value)
+
+
+def _outcome(result: dict) -> str:
+    if not result.get("built"):
+        return "not built: no small configuration"
+    if result.get("compiled"):
+        return "compiled and equal"
+    if result.get("captured"):
+        return "captured, not compiled"
+    return "refused, traced by the exporter" if result.get("exporter") else "refused, not traced by the exporter either"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
