@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
@@ -28,12 +28,13 @@ class FindOutliers(Pass):
     """LLM.int8() (arXiv 2208.07339) with a fixed set of columns a site, found on the calibration samples.
 
     The paper looks for outliers in every batch anew, so that a row's result depends on the rows beside it; here the set is
-    part of the compiled model. Where more than `max_share` of the columns are outliers the largest are kept, and the site is
-    a fallback.
+    part of the compiled model. Where more than `max_share` of the columns are outliers the largest are kept.
 
     Attributes:
         threshold: a column is an outlier when some |x| of it is at least this.
         max_share: of a site's columns, the most that may stay in float.
+        beyond: what a site with more of them is: a `fallback`, which fails the run unless the recipe allows it, or, with
+            `keep_largest`, as asked for: then it is only reported.
         select: which sites.
     """
 
@@ -43,6 +44,7 @@ class FindOutliers(Pass):
 
     threshold: float = 6.0
     max_share: float = 0.02
+    beyond: Literal["fallback", "keep_largest"] = "fallback"
     select: Select = Select()
 
     def __post_init__(self) -> None:
@@ -88,24 +90,27 @@ class FindOutliers(Pass):
     def _choose(self, group: Group, largest: torch.Tensor, context: Context, report: Report) -> None:
         """All sites of a group read one value: they share its outliers."""
         found = (largest >= self.threshold).nonzero().flatten()
+        over = len(found)
         allowed = math.floor(self.max_share * group.k)
-        if len(found) > allowed:
-            share = math.ceil(1000 * len(found) / group.k) / 1000
-            for site in group.sites:
-                report.fallbacks.append(
-                    Skip(
-                        site.name,
-                        f"{len(found)} of {group.k} input columns reach {self.threshold:g} and {allowed} may stay in float; "
-                        f"the others are rounded with the rest. Set llm_int8: {{max_share: {share:g}}}, or a threshold above "
-                        f"{self.threshold:g} (the largest value is {largest.max():.4g})",
-                    )
-                )
+        if over > allowed:
+            share = math.ceil(1000 * over / group.k) / 1000
+            reason = (
+                f"{over} of {group.k} input columns reach {self.threshold:g} and {allowed} may stay in float; the others "
+                f"are rounded with the rest. Set llm_int8: {{max_share: {share:g}}}, or a threshold above {self.threshold:g} "
+                f"(the largest value is {largest.max():.4g})"
+            )
+            reported = report.fallbacks if self.beyond == "fallback" else report.skipped
+            reported += [Skip(site.name, reason) for site in group.sites]
             # the largest first; of equals the first
             order = torch.argsort(largest[found], descending=True, stable=True)
             found = found[order[:allowed]].sort().values
         for site in group.sites:
             context.reporter.layer(len(report.layers) + 1, report.matched, site.name, f"{len(found)} outliers")
-            report.layers[site.name] = {"outliers": len(found), "largest_activation": largest.max().item()}
+            report.layers[site.name] = {
+                "outliers": len(found),
+                "columns_over_threshold": over,
+                "largest_activation": largest.max().item(),
+            }
             if len(found):
                 context.outliers[site.name] = found
                 report.changed += 1

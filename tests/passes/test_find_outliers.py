@@ -67,6 +67,10 @@ def test_beyond_the_share_the_largest_are_kept_and_the_site_falls_back():
     assert all(context.outliers[name].tolist() == [30] for name in "qkv")
     assert [skip.node for skip in report.fallbacks] == ["q", "k", "v"]
     assert report.fallbacks[0].reason.startswith("3 of 96 input columns reach 6 and 1 may stay in float")
+    asked = found(FindOutliers(select=select, beyond="keep_largest"), samples)
+    assert all(torch.equal(asked[1].outliers[name], context.outliers[name]) for name in "qkv")
+    assert not asked[2].fallbacks and asked[2].skipped[-3:] == report.fallbacks
+    assert asked[2].layers["q"]["outliers"] == 1 and asked[2].layers["q"]["columns_over_threshold"] == 3
     # what the message says to set is enough
     assert "max_share: 0.032}" in report.fallbacks[0].reason
     _, context, report = found(FindOutliers(select=select, max_share=0.032), samples)
