@@ -61,10 +61,14 @@ def _onnx(
             "entry": MODEL_FILE,
             "inputs": [_port(p) for p in inputs],
             "outputs": [_port(p) for p in outputs],
-            "cache": _cache(lowered, inputs, outputs),
+            "cache": _with_step(_cache(lowered, inputs, outputs), prepared),
             "unfused": lowered.unfused,
         },
     }
+
+
+def _with_step(cache: dict[str, Any] | None, prepared: Prepared) -> dict[str, Any] | None:
+    return None if cache is None else cache | {"step": prepared.step}
 
 
 def _to_stock(model: Any, quantizer: Quantizer) -> dict[str, int]:
@@ -82,7 +86,7 @@ def _to_stock(model: Any, quantizer: Quantizer) -> dict[str, int]:
             layers[record["name"]] = {"bytes": size, "bits_per_weight": round(8 * size / math.prod(record["shape"]), 4)}
     timing = {"milliseconds": 1000 * (time.perf_counter() - start), "peak_rss_bytes": peak_rss_bytes()}
     quantizer.trace.add_numbers("to_stock", "lower", layers, {}, timing)
-    return {key: sum(sizes[key] for sizes in weights.values()) for key in KINDS}
+    return {key: sum(sizes.get(key, 0) for sizes in weights.values()) for key in KINDS}
 
 
 def _port(port: Any) -> dict[str, Any]:
@@ -91,10 +95,10 @@ def _port(port: Any) -> dict[str, Any]:
 
 
 def _cache(lowered: Any, inputs: list[Any], outputs: list[Any]) -> dict[str, Any] | None:
-    from qcompiler.lower.share_cache import cache_layers
+    from qcompiler.lower.share_cache import cache_layers, cache_states
 
-    layers = cache_layers(lowered.model)
-    if not layers:
+    layers, states = cache_layers(lowered.model), cache_states(lowered.model)
+    if not layers and not states:
         return None
     by_name = {p.name: p for p in inputs}
     records = []
@@ -107,6 +111,7 @@ def _cache(lowered: Any, inputs: list[Any], outputs: list[Any]) -> dict[str, Any
         "past_length": lowered.cache.past_length,
         "reason": lowered.cache.reason,
         "layers": records,
+        "states": [{"past": state.past, "present": state.present, "layer": state.layer} for state in states],
     }
 
 
@@ -134,7 +139,7 @@ def _torch(
             "entry": TORCH_FILE,
             "inputs": [_port(p) for p in inputs],
             "outputs": [_port(p) | {"name": _output_name(p)} for p in outputs],
-            "cache": _torch_cache(inputs),
+            "cache": _with_step(_torch_cache(inputs), prepared),
             "unfused": [],
         },
     }
@@ -153,6 +158,10 @@ def _torch_cache(inputs: list[Any]) -> dict[str, Any] | None:
          "heads": k.shape[1], "head_dim": k.shape[-1], "dtype": k.dtype}
         for k, v in zip(keys, values, strict=True)
     ]  # fmt: skip
-    return (
-        {"kind": "growing", "past_length": None, "reason": "torch concatenates", "layers": layers} if layers else None
-    )
+    states = [
+        {"past": p.name, "present": f"output.{p.name}", "layer": p.layer} for p in inputs if p.role == "past_state"
+    ]
+    if not layers and not states:
+        return None
+    kind, reason = ("growing", "torch concatenates") if layers else ("state", "no layer has keys and values")
+    return {"kind": kind, "past_length": None, "reason": reason, "layers": layers, "states": states}

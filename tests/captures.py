@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from transformers.exporters.utils import get_leaf_tensors
 
 from qcompiler.capture.capture import captured
+from qcompiler.capture.feeds import cache_name, feed
 from qcompiler.capture.prepare import prepare
 from qcompiler.capture.prepared import Prepared
 from qcompiler.graph.graph import Graph
@@ -20,13 +21,14 @@ from qcompiler.passes.analyse.find_groups import FindGroups
 from qcompiler.passes.analyse.find_roles import FindRoles
 from qcompiler.passes.analyse.find_sites import FindSites
 from qcompiler.passes.normalise.normalise_embedding import NormaliseEmbedding
+from qcompiler.passes.normalise.normalise_experts import NormaliseExperts
 from qcompiler.passes.normalise.normalise_linear import NormaliseLinear
 from qcompiler.passes.normalise.strip_guards import StripGuards
 from qcompiler.passes.normalise.widen_bfloat16 import WidenBfloat16
 from qcompiler.pipeline.passes import Report
 from tests.models import tiny
 
-NORMALISE = (StripGuards(), NormaliseLinear(), NormaliseEmbedding(), WidenBfloat16())
+NORMALISE = (StripGuards(), NormaliseLinear(), NormaliseExperts(), NormaliseEmbedding(), WidenBfloat16())
 ANALYSE = (FindSites(), FindGroups(), FindRoles())
 
 
@@ -68,27 +70,15 @@ def run(graph: Graph, passes: tuple) -> dict[str, Report]:
 class Stepper:
     """Feeds a captured decoder step by step, its cache included, starting from no past at all."""
 
-    def __init__(self, module: torch.nn.Module, prepared: Prepared) -> None:
-        self.module = module
-        self.example = prepared.example()
-        self.past = 0
-        self.cache = copy.deepcopy(self.example["past_key_values"])
-        axes = prepared.axes["past_key_values.layers.0.keys"]
-        for layer in self.cache.layers:
-            (axis,) = axes
-            layer.keys, layer.values = layer.keys.narrow(axis, 0, 0), layer.values.narrow(axis, 0, 0)
+    def __init__(self, module: Callable[..., Any], prepared: Prepared) -> None:
+        self.module, self.prepared = module, prepared
+        self.past, self.cache = 0, None
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        new = tokens.shape[1]
-        feed: dict[str, Any] = {**self.example, "input_ids": tokens, "past_key_values": self.cache}
-        if "position_ids" in feed:
-            feed["position_ids"] = torch.arange(self.past, self.past + new)[None]
-        if "attention_mask" in feed:
-            feed["attention_mask"] = torch.ones(1, self.past + new, dtype=torch.long)
         with torch.no_grad():
-            output = self.module(**feed)
-        self.past += new
-        self.cache = output.past_key_values
+            output = self.module(**feed(self.prepared, tokens, self.past, self.cache))
+        self.past += tokens.shape[1]
+        self.cache = getattr(output, cache_name(self.prepared))
         return output.logits
 
 

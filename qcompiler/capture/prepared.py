@@ -29,6 +29,7 @@ class Prepared:
         axes: names of the axes that vary, by input path: `{"input_ids": {0: "batch", 1: "length"}}`.
         switches: arguments that choose what the model returns and are no inputs of the graph, such as `use_cache`.
         notes: what had to be decided on the way, one sentence each.
+        step: the most tokens that the graph takes at once; None for any number.
         stored: weights that `module` has stand-ins for; they are put back into what is captured.
     """
 
@@ -40,6 +41,7 @@ class Prepared:
     axes: dict[str, dict[int, str]]
     switches: dict[str, bool] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    step: int | None = None
     stored: StoredWeights = field(default_factory=StoredWeights)
 
     def example(self) -> dict[str, Any]:
