@@ -208,25 +208,20 @@ def _fit_grids(
         turn = torch.where(high > -low, -turn, turn)
         w = w * turn[..., None]
 
-    def candidate(factor: float) -> tuple[torch.Tensor, torch.Tensor]:
-        scale, _ = scale_and_zero(low * factor, high * factor, format)
-        scale = _to_half(scale)
-        return scale, torch.full_like(scale, format.center) if format.symmetric else zero_point(low * factor, scale, format)
-
-    scale, zero = candidate(1.0)
-    if not torch.isfinite(scale).all():
-        raise ValueError(f"a group has a range of {float((high - low).max()):.3g}; float16 scales hold at most {LARGEST_SCALE:g}")
-    if clipping == "mse":
-        buffer = torch.empty_like(w)
-        best = _error(w, scale, zero, format, importance, norm, buffer)
-        for factor in factors[1:].tolist():
-            s, z = candidate(factor)
-            error = _error(w, s, z, format, importance, norm, buffer)
-            better = error < best
-            best = torch.where(better, error, best)
-            scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
-    elif clipping != "minmax":
+    if clipping not in ("mse", "minmax"):
         raise ValueError(f"clipping must be 'minmax' or 'mse', got {clipping!r}")
+    # All candidates at once, `[factors, n, groups]`: they are small, and the steps to them many.
+    tried = (factors if clipping == "mse" else factors[:1]).to(w.dtype).to(w.device)[:, None, None]
+    scales = _to_half(scale_and_zero(low * tried, high * tried, format)[0])
+    zeros = torch.full_like(scales, format.center) if format.symmetric else zero_point(low * tried, scales, format)
+    if not torch.isfinite(scales[0]).all():
+        raise ValueError(f"a group has a range of {float((high - low).max()):.3g}; float16 scales hold at most {LARGEST_SCALE:g}")
+    if len(tried) == 1:
+        return scales[0] * turn, zeros[0]
+    buffer = torch.empty_like(w)
+    errors = [_error(w, s, z, format, importance, norm, buffer) for s, z in zip(scales, zeros, strict=True)]
+    best = torch.stack(errors).argmin(0, keepdim=True)  # the first of equals: the least clipped
+    scale, zero = scales.gather(0, best)[0], zeros.gather(0, best)[0]
     return scale * turn, zero
 
 

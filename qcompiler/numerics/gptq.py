@@ -22,7 +22,7 @@ from qcompiler.numerics import hessian as moments
 from qcompiler.numerics.affine import AffineWeight
 from qcompiler.numerics.damping import LARGEST, Factor, NotFactored, factorise
 from qcompiler.numerics.ordering import Order, order_columns
-from qcompiler.numerics.sweep import Grids, damped_losses, sweep
+from qcompiler.numerics.sweep import Grids, block_inverses, damped_losses, sweep
 from qcompiler.ops.formats import AffineFormat
 
 # Rows that are swept at once: a block of 128 columns of them, in float32, is about a core's second-level cache.
@@ -190,6 +190,7 @@ class _Layer:
     cross: torch.Tensor | None
     mixing: torch.Tensor | None
     importance: torch.Tensor | None
+    inverses: list[torch.Tensor]
 
     def columns(self, rows: torch.Tensor) -> torch.Tensor:
         """`[n, k]` -> contiguous `[k, n]` in the order and type of the sweep."""
@@ -208,8 +209,7 @@ class _Layer:
     def losses(self, weight: torch.Tensor, difference: torch.Tensor, damped: torch.Tensor | None = None) -> torch.Tensor:
         """The loss of each row of D, `difference` `[k, n]`: diag(D (H + δ) Dᵀ), which may be known, without the part of δ."""
         damped = damped_losses(difference, self.factor.upper, self.options.block) if damped is None else damped
-        added = self.factor.added.to(difference.dtype)[:, None]
-        losses = damped - difference.square().mul_(added).sum(0, dtype=torch.float64)
+        losses = damped - self.factor.added.to(difference.dtype) @ difference.square()
         return losses if self.cross is None else losses + gptaq.linear_terms(weight, difference, self.cross)
 
 
@@ -224,7 +224,7 @@ def _layer(hessian: torch.Tensor, format, options, order, factor, cross) -> _Lay
         diagonal = hessian.diagonal() if p is None else hessian.diagonal()[p]
         importance = diagonal if options.importance == "activation" else factor.upper.diagonal().square()
         importance = (importance.double() / importance.double().mean()).float()
-    return _Layer(format, options, order, factor, cross, mixing, importance)
+    return _Layer(format, options, order, factor, cross, mixing, importance, block_inverses(factor.upper, order))
 
 
 def _solve(
@@ -269,7 +269,7 @@ def _sweeps(
     best: tuple[AffineWeight, torch.Tensor] | None = None
     for index in range(passes):
         grids = _grids(layer, columns, known)
-        swept = sweep(target, layer.factor.upper, layer.order, format, grids, layer.mixing)
+        swept = sweep(target, layer.factor.upper, layer.order, format, grids, layer.mixing, layer.inverses)
         zeros = None if format.symmetric else grids.zeros.T.to(swept.codes.dtype).contiguous()
         found = AffineWeight(layer.rows(swept.codes), grids.scales.T.half().contiguous(), zeros, format)
         if layer.cross is None:

@@ -27,7 +27,12 @@ Fit = Callable[[torch.Tensor, int, int], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Grids:
-    """S and Z of every group and row, `[groups, n]` in the sweep's type."""
+    """S and Z of every group and row, `[groups, n]` in the sweep's type.
+
+    Attributes:
+        scales, zeros: S and Z.
+        rows: of each group S, the least and the largest q − Z, `[n]` each.
+    """
 
     def __init__(self, scales: torch.Tensor, zeros: torch.Tensor, format: AffineFormat, fit: Fit | None = None) -> None:
         """Args:
@@ -37,7 +42,7 @@ class Grids:
         """
         self.scales, self.zeros, self.fit = scales, zeros, fit
         self._range = rounding_range(format)
-        self._rows: list[tuple] = [()] * len(scales)
+        self.rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = [(scales, scales, scales)] * len(scales)
         if fit is None:
             for group in range(len(scales)):
                 self._ready(group)
@@ -48,13 +53,9 @@ class Grids:
             self.scales[group], self.zeros[group] = self.fit(live, first, last)
             self._ready(group)
 
-    def row(self, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """S, and the least and largest q − Z, of a group, `[n]` each."""
-        return self._rows[group]
-
     def _ready(self, group: int) -> None:
         zero = self.zeros[group]
-        self._rows[group] = (self.scales[group], self._range[0] - zero, self._range[1] - zero)
+        self.rows[group] = (self.scales[group], self._range[0] - zero, self._range[1] - zero)
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def sweep(
     format: AffineFormat,
     grids: Grids,
     mixing: torch.Tensor | None = None,
+    inverses: list[torch.Tensor] | None = None,
 ) -> Swept:
     """Round all columns.
 
@@ -91,6 +93,7 @@ def sweep(
         format: of the codes.
         grids: filled where they are fitted on the way.
         mixing: P of GPTAQ `[k, k]`: W[:, l] += v_j P[j, l] with v_j the column j at the moment when it is rounded.
+        inverses: of `block_inverses`, where there are several sweeps.
     """
     k, n = weight.shape
     codes = torch.empty(k, n, dtype=torch.int8 if format.bits == 8 else torch.uint8, device=weight.device)
@@ -98,24 +101,29 @@ def sweep(
     difference, seen = torch.empty_like(weight), torch.empty_like(weight)
     widest = max(block.stop - block.start for block in order.blocks)
     buffers = _Buffers(weight.new_empty(widest, n), weight.new_empty(widest, n))
-    for block in order.blocks:
+    inverses = block_inverses(upper, order) if inverses is None else inverses
+    groups = torch.tensor(order.group, device=weight.device)
+    for block, inverse in zip(order.blocks, inverses, strict=True):
         here, before = slice(block.start, block.stop), slice(0, block.start)
-        target, own = weight[here], upper[here, here]
+        target, stiffness = weight[here], upper.diagonal()[here, None]  # 1 / U_jj
         if mixing is not None:
             target = torch.addmm(target, mixing[before, here].T, seen[before])
-        stiffness = own.diagonal()  # 1 / U_jj
-        eye = torch.eye(len(own), dtype=own.dtype, device=own.device)
-        inverse = torch.linalg.solve_triangular(own, eye, upper=True)  # U of the block
-        feedback = inverse * stiffness[:, None]
+        feedback = inverse * stiffness
         live = torch.addmm(target, inverse.T, upper[before, here].T @ difference[before], out=seen[here])
         steps, misses = _round(block, order, grids, feedback, None if mixing is None else mixing[here, here], live, buffers)
         if mixing is not None:
             target.addmm_(mixing[here, here].T, live)
-        groups = torch.tensor(order.group[here], device=weight.device)
-        torch.sub(target, grids.scales.index_select(0, groups).mul_(steps), out=difference[here])
-        codes[here] = steps.add_(format.center if format.symmetric else grids.zeros.index_select(0, groups))
-        losses += misses.mul_(stiffness[:, None]).square_().sum(0, dtype=torch.float64)
+        torch.sub(target, grids.scales.index_select(0, groups[here]).mul_(steps), out=difference[here])
+        codes[here] = steps.add_(format.center if format.symmetric else grids.zeros.index_select(0, groups[here]))
+        losses += misses.mul_(stiffness).square_().sum(0)
     return Swept(codes, difference, seen, losses)
+
+
+def block_inverses(upper: torch.Tensor, order: Order) -> list[torch.Tensor]:
+    """U of each block, R[B, B]⁻¹."""
+    blocks = [upper[b.start : b.stop, b.start : b.stop] for b in order.blocks]
+    eyes = [torch.eye(len(own), dtype=own.dtype, device=own.device) for own in blocks]
+    return [torch.linalg.solve_triangular(own, eye, upper=True) for own, eye in zip(blocks, eyes, strict=True)]
 
 
 class _Buffers:
@@ -163,7 +171,7 @@ def _round(
                 column.addmv_(missed, shares[j - first], alpha=-1)
                 if mixing is not None:
                     column.addmv_(live[first:j].T, mixing[first:j, j])
-            scale, low, high = grids.row(groups[j])
+            scale, low, high = grids.rows[groups[j]]
             torch.div(column, scale, out=step).round_().clamp_(low, high)
             torch.addcmul(column, step, scale, value=-1, out=miss)
         live[last:].addmm_(taken[last:, first:last], misses[first:last], alpha=-1)
@@ -178,5 +186,5 @@ def damped_losses(difference: torch.Tensor, upper: torch.Tensor, block: int) -> 
     for start in range(0, len(difference), block):
         stop = start + block
         product = upper[:stop, start:stop].T @ difference[:stop]
-        losses += product.square_().sum(0, dtype=torch.float64)
+        losses += product.square_().sum(0)
     return losses
