@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from qcompiler.errors import GateError
 from qcompiler.graph import constants
 from qcompiler.graph.mapped import kept
 from qcompiler.ops import layout
@@ -46,10 +47,16 @@ class QuantizeSites(Pass):
     def run(self, graph: Graph, context: Context) -> Report:
         report = Report(matched=len(graph.sites))
         owners: dict[int, str] = {}
+        left = [s.name for s in graph.sites if s.name in context.schemes and s.name not in context.solutions]
+        if left:
+            raise GateError(
+                f"no pass of the recipe solved {len(left)} layers that it gives a format ({', '.join(left[:4])}"
+                f"{', …' if len(left) > 4 else ''}); end its passes with round_to_nearest"
+            )
         for site in graph.sites:
             solution = context.solutions.get(site.name)
             if solution is None:
-                report.skipped.append(Skip(site.name, context.left_in_float.get(site.name, "no pass solved it")))
+                report.skipped.append(Skip(site.name, context.left_in_float.get(site.name, "no format")))
                 continue
             owner = site.name if site.tie_group is None else owners.setdefault(site.tie_group, site.name)
             if owner == site.name:

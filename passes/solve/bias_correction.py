@@ -59,7 +59,7 @@ class BiasCorrection(Pass):
                     segment.shift(site, shift)
                     shifts[site.name] = shift
                     numbers = report.layers[site.name] = errors[site.name].numbers(shift)
-                    text = f"error {numbers['error_before']:.3g} → {numbers['error_after']:.3g}"
+                    text = f"error {numbers['output_error_before']:.3g} → {numbers['output_error_after']:.3g}"
                     context.reporter.layer(len(shifts), len(sites), site.name, text)
         for site in sites:
             add_to_bias(graph, site, shifts[site.name])
@@ -119,8 +119,8 @@ class OutputError:
         return {
             "mean_error_before": float(mean.square().mean().sqrt()),
             "mean_error_after": float(left.square().mean().sqrt()),
-            "error_before": self._squares / (self._signal or 1.0),
-            "error_after": max(after, 0.0) / (self._signal or 1.0),
+            "output_error_before": self._squares / (self._signal or 1.0),
+            "output_error_after": max(after, 0.0) / (self._signal or 1.0),
         }
 
 

@@ -51,7 +51,7 @@ class ClipSearch(Pass):
     head: bool = False
 
     def run(self, graph: Graph, context: Context) -> Report:
-        sites, skipped = unsolved(graph, context, self.select, head=self.head)
+        sites, skipped = unsolved(self.name, graph, context, self.select, head=self.head)
         chosen = []
         for site in sites:
             reason = _refusal(site, context)
@@ -125,9 +125,10 @@ class _Method:
         else:
             found = fit_clipped(weight, format, blocks)
             solution = found.weight
+            signal = found.signal or 1.0
             numbers = {
-                "error_before": found.error_before,
-                "error_after": found.error_after,
+                "error_before": found.error_before / signal,
+                "error_after": found.error_after / signal,
                 "clipped_share": (found.factors < 1).float().mean().item(),
             }
         numbers |= {"weight_sqnr_db": affine.sqnr_db(weight, solution.dequantize()), "tokens": moments.tokens}

@@ -76,7 +76,7 @@ class Gptq(Pass):
     def _sites(self, graph: Graph, context: Context) -> tuple[list[Site], list[Any]]:
         from qcompiler.passes.solve.selection import unsolved
 
-        return unsolved(graph, context, self.select, head=self.head)
+        return unsolved(self.name, graph, context, self.select, head=self.head)
 
     def _statistics_bytes(self, group: Group) -> int:
         return (2 if self.asymmetric else 1) * 4 * group.k * group.k

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from qcompiler.errors import InputError
 from qcompiler.numerics import affine
 from qcompiler.numerics.stack import solve_stack
+from qcompiler.passes.solve.selection import check_selector
 from qcompiler.passes.solve.weights import quantizable_weight
-from qcompiler.pipeline.passes import Pass, Report
+from qcompiler.pipeline.passes import Pass, Report, Skip
+from qcompiler.recipe.schema import Select
 
 if TYPE_CHECKING:
     from qcompiler.graph.graph import Graph, Site
@@ -27,20 +29,33 @@ class RoundToNearest(Pass):
     Attributes:
         clipping: `mse` (the range of each group that makes the squared error least) or `minmax`.
         norm: exponent of the search; 2 is the squared error.
+        kind: `embedding` takes lookups alone: first in a recipe, so that what is calibrated behind them sees them rounded.
+        select: which sites; by default all.
     """
 
     name: ClassVar[str] = "round_to_nearest"
     stage: ClassVar[str] = "solve"
-    required: ClassVar[bool] = True
+    required: ClassVar[bool] = False  # passes before it may have solved everything; the rewrite refuses unsolved sites
 
     clipping: Literal["mse", "minmax"] = "mse"
     norm: float = 2.0
+    kind: Literal["all", "embedding"] = "all"
+    select: Select = Select()
+
+    def _takes(self, site: Site) -> bool:
+        wanted = self.kind == "all" or site.kind == self.kind
+        return wanted and self.select.matches(site.name, site.role, site.shape[0] * site.shape[1])
 
     def run(self, graph: Graph, context: Context) -> Report:
         report = Report()
-        todo = [s for s in graph.sites if s.name in context.schemes and s.name not in context.solutions]
+        check_selector(self.name, self.select, graph)
+        unsolved = [s for s in graph.sites if s.name in context.schemes and s.name not in context.solutions]
+        todo = [s for s in unsolved if self._takes(s)]
         report.matched = len(todo)
-        by_storage: dict[int, str] = {}
+        report.skipped = [Skip(s.name, "not selected") for s in unsolved if s not in todo]
+        # An earlier pass may have solved one of a tied pair.
+        solved = [s for s in graph.sites if s.tie_group is not None and s.name in context.solutions]
+        by_storage: dict[int, str] = {s.tie_group: s.name for s in solved if s.tie_group is not None}
         for index, site in enumerate(todo):
             context.reporter.layer(index + 1, len(todo), site.name, context.schemes[site.name].weight_format.label)
             if site.tie_group is not None and site.tie_group in by_storage:
@@ -55,7 +70,7 @@ class RoundToNearest(Pass):
                 context.solutions[site.name] = solution
             if site.tie_group is not None:
                 first = by_storage.setdefault(site.tie_group, site.name)
-                report.layers[site.name] = dict(report.layers[first])
+                report.layers[site.name] = dict(report.layers.get(first, {}))
             report.layers[site.name] |= {"method": self.name, "clipping": self.clipping}
             report.changed += 1
         return report

@@ -10,9 +10,13 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from qcompiler.graph.graph import Graph
+from qcompiler.ops.experts_linear import EXPERTS_LINEAR
 from qcompiler.sweep.order import ancestors
 
 Product = Callable[..., torch.Tensor]
+
+# Which argument of a site's op is its weight; a lookup's is the first.
+_WEIGHT_AT = {torch.ops.aten.linear.default: 1, EXPERTS_LINEAR: 2}
 
 
 class Executor:
@@ -81,8 +85,8 @@ class Executor:
 
         if product is not None:
             # The product brings its own weight: the float one is not read.
-            weight = node.args[1] if node.target is torch.ops.aten.linear.default else node.args[0]
-            given = [map_arg(a, fetch) if a is not weight else None for a in node.args]
+            position = _WEIGHT_AT.get(node.target, 0)
+            given = [None if index == position else map_arg(a, fetch) for index, a in enumerate(node.args)]
             return product(*given)
         args, kwargs = map_arg(node.args, fetch), map_arg(node.kwargs, fetch)
         return node.target(*args, **kwargs)  # type: ignore[operator]

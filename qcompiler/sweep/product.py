@@ -37,4 +37,6 @@ def product(graph: Graph, site: Site, context: Context) -> Product:
         scheme = dataclasses.replace(scheme, activations="float")
     weight = graph.constant(site.weight) if site.name in context.outliers else None
     made = SiteProduct.of(site, solution, scheme, context, weight, packed(site.name, context))
+    if site.kind == "experts":
+        return lambda x, expert, weight=None, bias=None: made(x, bias, expert)
     return lambda x, weight=None, bias=None: made(x, bias)
