@@ -165,13 +165,13 @@ def _round(
             grids.reach(groups[first], live[first : end - block.start].T, position, end)
         # Columns of the piece that have not been rounded have missed nothing so far: 0. The product need not be cut.
         missed, shares = misses[first:last].T, taken[first:last, first:last].unbind()
-        for j in range(first, last):
-            column, step, miss = columns[j]
+        turns = zip(columns[first:last], shares, groups[first:last], strict=True)
+        for j, ((column, step, miss), share, group) in enumerate(turns, first):
             if j > first:
-                column.addmv_(missed, shares[j - first], alpha=-1)
+                column.addmv_(missed, share, alpha=-1)
                 if mixing is not None:
                     column.addmv_(live[first:j].T, mixing[first:j, j])
-            scale, low, high = grids.rows[groups[j]]
+            scale, low, high = grids.rows[group]
             torch.div(column, scale, out=step).round_().clamp_(low, high)
             torch.addcmul(column, step, scale, value=-1, out=miss)
         live[last:].addmm_(taken[last:, first:last], misses[first:last], alpha=-1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qcompiler.numerics import affine, gptaq
+from qcompiler.numerics import gptq as solver
 from qcompiler.numerics.damping import Factor, factorise
 from qcompiler.numerics.gptq import GptqOptions, gptq
 from qcompiler.numerics.hessian import layer_loss, second_moment
@@ -17,7 +18,6 @@ from tests.oracles.obq import obq
 F64 = torch.float64
 FORMATS = [AffineFormat(bits, group, symmetric) for bits in BITS for group in (0, 32) for symmetric in (True, False)]
 label = lambda format: format.label  # noqa: E731
-single = GptqOptions(passes=1, dtype=F64, compare=False)
 
 
 def problem(n=16, k=80, tokens=300, seed=0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,9 +158,13 @@ def test_columns_in_another_order_are_solved_alike():
     assert one.loss_after == pytest.approx(other.loss_after, rel=1e-9)
 
 
-def test_rows_know_nothing_of_each_other():
+def test_rows_know_nothing_of_each_other(monkeypatch):
     weight, hessian = problem()
     whole = gptq(weight, hessian, AffineFormat(4, 32), GptqOptions(dtype=F64)).weight
+    monkeypatch.setattr(solver, "ROWS", 7)
+    pieces = gptq(weight, hessian, AffineFormat(4, 32), GptqOptions(dtype=F64))
+    assert torch.equal(whole.codes, pieces.weight.codes) and torch.equal(whole.scales, pieces.weight.scales)
+    assert pieces.loss_after == pytest.approx(layer_loss(weight, whole.dequantize(), hessian), rel=1e-6)
     half = gptq(weight[5:9], hessian, AffineFormat(4, 32), GptqOptions(dtype=F64)).weight
     assert torch.equal(whole.codes[5:9], half.codes) and torch.equal(whole.scales[5:9], half.scales)
 

@@ -45,6 +45,7 @@ PUBLISHED = "published"
 OURS = {
     "same grid": GptqOptions(passes=1, groups="live", clipping="minmax", ordering="none", importance="uniform", compare=False),
     "defaults": GptqOptions(compare=False),
+    "3 sweeps": GptqOptions(compare=False, passes=3),
     "checked": GptqOptions(),
 }
 
@@ -170,21 +171,27 @@ def measure(layer: Layer, bits: int, repeats: int, order: random.Random) -> dict
 
     solvers |= {name: ours(chosen) for name, chosen in OURS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in solvers}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in solvers}
     losses: dict[str, dict[str, float]] = {}
     for index in range(repeats + 1):
         for name in order.sample(list(solvers), len(solvers)):
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             solved = solvers[name]()
-            taken = time.perf_counter() - start
+            taken, cpu = time.perf_counter() - start, time.process_time() - cpu
             if index:  # the first round warms up, and tells the losses: they are the same in every round
                 seconds[name].append(taken)
+                cpu_seconds[name].append(cpu)
                 continue
             dequantized = solved if isinstance(solved, torch.Tensor) else solved.dequantize()
             losses[name] = {
                 "loss": layer_loss(layer.weight, dequantized, layer.hessian.double()),
                 "held_out": layer_loss(layer.weight, dequantized, layer.held_out.double()),
             }
-    sides = {name: {**losses[name], "seconds": median(seconds[name]), "samples": seconds[name]} for name in solvers}
+    sides = {
+        name: {
+            **losses[name], "seconds": median(seconds[name]), "cpu_seconds": median(cpu_seconds[name]), "samples": seconds[name],
+        } for name in solvers
+    }  # fmt: skip
     ratios = {name: median(a / b for a, b in zip(seconds[name], seconds[PUBLISHED], strict=True)) for name in OURS}
     return {
         "layer": layer.name, "rows": layer.weight.shape[0], "columns": layer.weight.shape[1], "bits": bits,
@@ -208,6 +215,7 @@ def report(cases: list[dict[str, Any]], chosen: argparse.Namespace) -> Document:
         f"{machine['versions'].get('torch')}, commit {commit[:10]}",
         f"asymmetric, groups of {GROUP}; medians of {chosen.repeats} interleaved rounds",
         "columns of ours are ratios to published: below 1 ours has the lower loss, or takes less time",
+        "cpu: time of all threads together, which other programs on the machine disturb less",
     ]
     return Document("bench-gptq", data, [Text("", lines), _table("layers", cases), _table("sums", data["sums"])])
 
@@ -220,7 +228,7 @@ def _sums(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not same:
             continue
         sides = {
-            name: {key: sum(case["sides"][name][key] for case in same) for key in ("loss", "held_out", "seconds")}
+            name: {key: sum(case["sides"][name][key] for case in same) for key in ("loss", "held_out", "seconds", "cpu_seconds")}
             for name in (PUBLISHED, *OURS)
         }
         worst = {
@@ -238,7 +246,7 @@ def _table(title: str, cases: list[dict[str, Any]]) -> Table:
     for name in OURS:
         if name != "checked":
             columns += [Column(f"{name}: loss", ratio, right=True), Column("held-out", ratio, right=True)]
-        columns.append(Column(f"{name}: time", ratio, right=True))
+        columns += [Column(f"{name}: time", ratio, right=True), Column("cpu", ratio, right=True)]
     worst = title == "sums"
     if worst:
         columns.append(Column("worst loss", ratio, right=True))
@@ -249,7 +257,7 @@ def _table(title: str, cases: list[dict[str, Any]]) -> Table:
         for name in OURS:
             if name != "checked":
                 row += [case["sides"][name][key] / published[key] for key in ("loss", "held_out")]
-            row.append(case["time_ratios"][name])
+            row += [case["time_ratios"][name], case["sides"][name]["cpu_seconds"] / published["cpu_seconds"]]
         rows.append([*row, case["worst"]["defaults"]] if worst else row)
     return Table(title, columns, rows)
 
