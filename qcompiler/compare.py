@@ -203,14 +203,13 @@ def _compile(model: str | Path, run: Run, store: Store, given: Mapping[str, Any]
     import_module("qcompiler.emit")  # what every compile imports should not be the first recipe's time
     # Before it begins, so that a directory left by an interruption is known to be ours.
     store.save(run)
-    # What the compile before it held must not count in this one's peak.
-    gc.collect()
     start = time.perf_counter()
     try:
         with HighestPeak() as peak:
             result = compiler.compile(model, output=run.path, recipe=run.recipe, overwrite=True, reporter=reporter, **given)
     except (QCompilerError, MemoryError) as error:
         _fail(run, error, reporter)
+        gc.collect()
         return
     totals = result.layers["totals"]
     run.found["compile"] = {
@@ -226,6 +225,9 @@ def _compile(model: str | Path, run: Run, store: Store, given: Mapping[str, Any]
         "context": result.manifest["context"],
     }
     store.save(run)
+    # What this compile held should not count in the next one's peak, nor stay beside what is evaluated.
+    del result
+    gc.collect()
 
 
 def _fail(run: Run, error: BaseException, reporter: Reporter) -> None:
@@ -248,7 +250,6 @@ def _evaluate(
     from qcompiler.evaluate.evaluation import evaluate_each
 
     reporter.stage("evaluate")
-    gc.collect()
     results = evaluate_each([str(run.path) for run in missing], str(model), reporter=reporter, **windows)
     for run, result in zip(missing, results, strict=True):
         if isinstance(result, QCompilerError):
