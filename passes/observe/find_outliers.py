@@ -107,10 +107,10 @@ class FindOutliers(Pass):
         for site in group.sites:
             context.reporter.layer(len(report.layers) + 1, report.matched, site.name, f"{len(found)} outliers")
             report.layers[site.name] = {
-                "outliers": len(found),
                 "columns_over_threshold": over,
                 "largest_activation": largest.max().item(),
             }
             if len(found):
                 context.outliers[site.name] = found
+                report.layers[site.name]["outlier_columns"] = len(found)
                 report.changed += 1

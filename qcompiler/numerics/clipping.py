@@ -51,12 +51,14 @@ class Clipped:
         weight: the quantized matrix.
         factors: float32 `[n, groups]`: of each group's min-max range.
         error_before, error_after: Σ dᵀ H_gg d over all groups with factor 1, and with these.
+        signal: Σ wᵀ H_gg w, what an error is to be compared with.
     """
 
     weight: AffineWeight
     factors: torch.Tensor
     error_before: float
     error_after: float
+    signal: float
 
 
 def fit_clipped(weight: torch.Tensor, format: AffineFormat, blocks: torch.Tensor) -> Clipped:
@@ -78,14 +80,14 @@ def fit_clipped(weight: torch.Tensor, format: AffineFormat, blocks: torch.Tensor
     if blocks.shape != (groups, width, width):
         raise ValueError(f"the second moments are {list(blocks.shape)}, expected {[groups, width, width]}")
     parts = [_fit_rows(rows, format, blocks) for rows in weight.split(max(1, CHUNK // max(k, 1)))]
-    codes, scales, zeros, factors, before, after = (torch.cat(column, dim=0) for column in zip(*parts, strict=True))
+    codes, scales, zeros, factors, *sums = (torch.cat(column, dim=0) for column in zip(*parts, strict=True))
     dtype = torch.int8 if format.bits == 8 else torch.uint8
     fitted = AffineWeight(codes.to(dtype), scales.half(), None if format.symmetric else zeros.to(dtype), format)
-    return Clipped(fitted, factors, before.sum(dtype=torch.float64).item(), after.sum(dtype=torch.float64).item())
+    return Clipped(fitted, factors, *(errors.sum(dtype=torch.float64).item() for errors in sums))
 
 
 def _fit_rows(weight: torch.Tensor, format: AffineFormat, blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Codes `[n, k]`; S, Z, factors, first and least error `[n, groups]`; all float32."""
+    """Codes `[n, k]`; S, Z, factors, first and least error, signal `[n, groups]`; all float32."""
     n, k = weight.shape
     groups, width, _ = blocks.shape
     # zeros fill a short last group: they widen no range, are exact, and their columns of H are zero
@@ -112,7 +114,7 @@ def _fit_rows(weight: torch.Tensor, format: AffineFormat, blocks: torch.Tensor) 
         factors = torch.where(better, factor, factors)
     assert best is not None
     codes = affine.quantize(w, scale[..., None], zero[..., None], format).reshape(n, -1)[:, :k]
-    return codes, scale * turn, zero, factors, first, best
+    return codes, scale * turn, zero, factors, first, best, _quadratic(w, blocks)
 
 
 def _grid(low: torch.Tensor, high: torch.Tensor, format: AffineFormat) -> tuple[torch.Tensor, torch.Tensor]:

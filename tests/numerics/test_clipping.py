@@ -65,6 +65,8 @@ def test_errors_are_the_outputs_and_no_group_is_worse_than_unclipped(format):
     unclipped = group_errors(weight, plain.weight.dequantize(), x, width)
     assert found.error_before == pytest.approx(unclipped.sum().item(), rel=1e-3)
     assert (errors <= unclipped * (1 + 1e-4) + 1e-9).all()
+    signal = group_errors(weight, torch.zeros_like(weight), x, width)
+    assert found.signal == pytest.approx(signal.sum().item(), rel=1e-3)
     if format.bits < 8:
         assert (found.factors < 1).any() and found.error_after < 0.95 * found.error_before
 

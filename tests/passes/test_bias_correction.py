@@ -61,7 +61,7 @@ def test_mean_errors_are_gone_on_the_calibration_set(linear):
     for name, error in after.items():
         assert error.abs().max() < 1e-3 * before[name].abs().max()
         assert report.layers[name]["mean_error_after"] <= 1e-6 * report.layers[name]["mean_error_before"] + 1e-9
-        assert report.layers[name]["error_after"] < report.layers[name]["error_before"]
+        assert report.layers[name]["output_error_after"] < report.layers[name]["output_error_before"]
     # q reads the model's input, so nothing before it is corrected: its error was the one that is reported
     assert report.layers["q"]["mean_error_before"] == pytest.approx(before["q"].square().mean().sqrt().item(), rel=1e-3)
 
@@ -157,6 +157,6 @@ def test_the_numbers_are_those_of_the_definition():
     assert torch.allclose(shift, (y_float - y).mean(dim=0), atol=1e-6)
     numbers = error.numbers(shift)
     relative = lambda z: ((y_float - z).square().sum() / y_float.square().sum()).item()  # noqa: E731
-    assert numbers["error_before"] == pytest.approx(relative(y), rel=1e-5)
-    assert numbers["error_after"] == pytest.approx(relative(y + shift), rel=1e-4)
+    assert numbers["output_error_before"] == pytest.approx(relative(y), rel=1e-5)
+    assert numbers["output_error_after"] == pytest.approx(relative(y + shift), rel=1e-4)
     assert numbers["mean_error_after"] < 1e-7 < numbers["mean_error_before"]

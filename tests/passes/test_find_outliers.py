@@ -42,7 +42,7 @@ def test_columns_that_reach_the_threshold():
         expected = (x.abs().amax(dim=0) >= 6.0).nonzero().flatten()
         columns = context.outliers.get(name, torch.empty(0, dtype=torch.long))
         assert torch.equal(columns, expected) and columns.dtype == torch.int64
-        assert report.layers[name]["outliers"] == len(expected)
+        assert report.layers[name].get("outlier_columns", 0) == len(expected)
         assert report.layers[name]["largest_activation"] == pytest.approx(x.abs().max().item(), rel=1e-5)
     assert context.outliers["q"].tolist() == context.outliers["v"].tolist() == [11, 70]
     assert report.changed == len(context.outliers) and report.notes["columns"] == sum(map(len, context.outliers.values()))
@@ -70,7 +70,7 @@ def test_beyond_the_share_the_largest_are_kept_and_the_site_falls_back():
     asked = found(FindOutliers(select=select, beyond="keep_largest"), samples)
     assert all(torch.equal(asked[1].outliers[name], context.outliers[name]) for name in "qkv")
     assert not asked[2].fallbacks and asked[2].skipped[-3:] == report.fallbacks
-    assert asked[2].layers["q"]["outliers"] == 1 and asked[2].layers["q"]["columns_over_threshold"] == 3
+    assert asked[2].layers["q"]["outlier_columns"] == 1 and asked[2].layers["q"]["columns_over_threshold"] == 3
     # what the message says to set is enough
     assert "max_share: 0.032}" in report.fallbacks[0].reason
     _, context, report = found(FindOutliers(select=select, max_share=0.032), samples)
