@@ -20,8 +20,8 @@ _WHERE = {
     "gptq": "solve.gptq:Gptq",
     "llm_int8": "observe.find_outliers:FindOutliers",
     "place_observers": "observe.place_observers:PlaceObservers",
-    "smooth_quant": "transform.smooth_quant:SmoothQuant",
     "round_to_nearest": "solve.round_to_nearest:RoundToNearest",
+    "smooth_quant": "transform.smooth_quant:SmoothQuant",
 }
 
 

@@ -290,6 +290,8 @@ def apply_fold(graph: Graph, fold: Fold, s: torch.Tensor) -> None:
         raise ValueError(f"fold at {fold.name}: expected {fold.channels} factors, found a tensor of {list(s.shape)}")
     if not bool(torch.isfinite(s).all()) or not bool((s > 0).all()):
         raise ValueError(f"fold at {fold.name}: factors must be positive and finite, found {s.min():g} … {s.max():g}")
+    if bool((s == 1).all()):
+        return
     factors = torch.cat([s.double().clamp(min=SMALLEST), torch.ones(1, dtype=torch.float64)])
     for entry in fold.divided:
         f = factors[entry.channels]
