@@ -5,18 +5,21 @@ W  ─▶  (q, S[, Z]) that make tr((W − W̃) H (W − W̃)ᵀ) small, H = E[x
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from qcompiler.numerics.gptq import GptqOptions, gptq
+from qcompiler.numerics import affine
+from qcompiler.numerics.gptq import GptqOptions, GptqResult, gptq
+from qcompiler.numerics.stack import solve_stack
 from qcompiler.passes.solve.weights import quantizable_weight
 from qcompiler.pipeline.passes import Pass, Report
 from qcompiler.recipe.schema import Select
 from qcompiler.sweep.budget import Costs
 from qcompiler.sweep.order import Group
-from qcompiler.sweep.reducers import Cross, Hessian
+from qcompiler.sweep.reducers import Cross, ExpertHessians, Hessian
 from qcompiler.sweep.solve import solve_sites
 from qcompiler.sweep.sweep import Sweep
 
@@ -79,7 +82,7 @@ class Gptq(Pass):
         return unsolved(self.name, graph, context, self.select, head=self.head)
 
     def _statistics_bytes(self, group: Group) -> int:
-        return (2 if self.asymmetric else 1) * 4 * group.k * group.k
+        return (2 if self.asymmetric and group.expert is None else 1) * group.experts * 4 * group.k * group.k
 
     def _solver_bytes(self, group: Group) -> int:
         n = max(site.shape[0] for site in group.sites)
@@ -109,34 +112,69 @@ class _Moments:
         return self._means
 
 
+class _ExpertMoments(ExpertHessians):
+    """H of every expert; the float stream's rows may go to other experts, so there is no cross statistic."""
+
+    def update(self, x: torch.Tensor, expert: torch.Tensor, *_: torch.Tensor) -> None:
+        super().update(x, expert)
+
+
 @dataclass(frozen=True)
 class _Method:
     step: Gptq
     graph: Graph
     context: Context
 
-    def statistics(self, group: Group) -> _Moments:
+    def statistics(self, group: Group) -> _Moments | _ExpertMoments:
+        if group.expert is not None:
+            return _ExpertMoments(group.k, group.experts)
         return _Moments(group.k, self.step.asymmetric)
 
-    def solve(self, site: Site, statistics: _Moments) -> tuple[AffineWeight, dict[str, Any], str | None]:
+    def solve(self, site: Site, statistics: Any) -> tuple[AffineWeight, dict[str, Any], str | None]:
+        if site.kind == "experts":
+            return self._solve_experts(site, statistics)
         hessian, cross = statistics.result()
-        scheme = self.context.schemes[site.name]
         weight = quantizable_weight(self.graph, self.context, site)
-        result = gptq(
-            weight, hessian, scheme.weight_format, self.step.options(), cross=cross, per_tensor=scheme.per_tensor
-        )
-        return result.weight, self._numbers(result, weight, hessian, statistics.tokens), result.fallback
-
-    def _numbers(self, result: Any, weight: torch.Tensor, hessian: torch.Tensor, tokens: int) -> dict[str, Any]:
-        from qcompiler.numerics import affine
-
+        result = self._solve_matrix(site, weight, hessian, cross)
         whole = float(((weight @ hessian) * weight).sum(dtype=torch.float64)) or 1.0
-        numbers = {
-            "weight_sqnr_db": affine.sqnr_db(weight, result.weight.dequantize()),
-            "error_after": result.loss_after / whole,
-            "damping": result.damping,
-            "tokens": tokens,
-        }
+        numbers: dict[str, Any] = {"weight_sqnr_db": affine.sqnr_db(weight, result.weight.dequantize())}
+        numbers |= {"error_after": result.loss_after / whole, "damping": result.damping, "tokens": statistics.tokens}
         if result.loss_before is not None:
             numbers["error_before"] = result.loss_before / whole
-        return numbers | ({"dead_columns": result.dead} if result.dead else {})
+        return result.weight, numbers | ({"dead_columns": result.dead} if result.dead else {}), result.fallback
+
+    def _solve_matrix(self, site: Site, weight: torch.Tensor, hessian: torch.Tensor, cross: Any) -> GptqResult:
+        scheme = self.context.schemes[site.name]
+        return gptq(
+            weight, hessian, scheme.weight_format, self.step.options(), cross=cross, per_tensor=scheme.per_tensor
+        )
+
+    def _solve_experts(self, site: Site, statistics: Any) -> tuple[AffineWeight, dict[str, Any], str | None]:
+        """Each expert on its own rows; one that met none has only dead columns, which are rounded."""
+        before = after = whole = damping = 0.0
+        reasons: list[str] = []
+
+        def solve(expert: int, weight: torch.Tensor) -> AffineWeight:
+            nonlocal before, after, whole, damping
+            hessian, tokens = statistics.result(expert), statistics.tokens[expert]
+            if not tokens:
+                return affine.fit(weight, self.context.schemes[site.name].weight_format)
+            result = self._solve_matrix(site, weight, hessian, None)
+            before += tokens * (result.loss_before or 0.0)
+            after += tokens * result.loss_after
+            whole += tokens * float(((weight @ hessian) * weight).sum(dtype=torch.float64))
+            damping = max(damping, result.damping)
+            if result.fallback:
+                reasons.append(f"expert {expert}: {result.fallback}")
+            return result.weight
+
+        turn = itertools.count()
+        solution, sqnr = solve_stack(self.graph.matrices(site), lambda weight: solve(next(turn), weight))
+        missed = [expert for expert, tokens in enumerate(statistics.tokens) if not tokens]
+        if missed:
+            self.context.reporter.warning(
+                f"{site.name}: no calibration token meets expert {', '.join(map(str, missed))}; rounded to nearest"
+            )
+        numbers = {"weight_sqnr_db": sqnr, "damping": damping, "tokens": min(statistics.tokens), "experts_missed": missed}
+        numbers |= {"error_before": before / (whole or 1.0), "error_after": after / (whole or 1.0)}
+        return solution, numbers, "; ".join(reasons) or None

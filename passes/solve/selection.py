@@ -35,8 +35,6 @@ def unsolved(
             reason = "solved already"
         elif not select.matches(site.name, site.role, site.shape[0] * site.shape[1]):
             reason = "not selected"
-        elif site.kind == "experts":
-            reason = "a matrix for each expert: rounded to nearest"
         elif site.role == "head" and not head and select.role is None and select.name is None:
             reason = "the head; name it to have it solved"
         if reason is None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
+from qcompiler.graph.edit import args
 from qcompiler.graph.graph import Graph, Site
 from qcompiler.passes.analyse.find_groups import input_value
 
@@ -27,11 +28,23 @@ class Group:
         node: the value that they read.
         sites: in graph order.
         k: length of its last axis.
+        expert: the expert of each row, where the sites have a matrix for each expert; else None.
     """
 
     node: Node
     sites: tuple[Site, ...]
     k: int
+    expert: Node | None = None
+
+    @property
+    def experts(self) -> int:
+        """Matrices that the rows are shared out among."""
+        return self.sites[0].experts
+
+    @property
+    def tapped(self) -> Node | tuple[Node, ...]:
+        """What `Segment.feed` is to tap for the group's statistics."""
+        return self.node if self.expert is None else (self.node, self.expert)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,11 +154,17 @@ def ancestors(nodes: Iterable[Node]) -> set[Node]:
 
 
 def _waves(sites: Sequence[Site], level: dict[Node, int]) -> list[Wave]:
-    by_level: dict[int, dict[Node, list[Site]]] = {}
+    by_level: dict[int, dict[tuple[Node, Node | None], list[Site]]] = {}
     for site in sites:
-        by_level.setdefault(level[site.node], {}).setdefault(input_value(site), []).append(site)
+        expert = args(site.node)[1] if site.kind == "experts" else None
+        by_level.setdefault(level[site.node], {}).setdefault((input_value(site), expert), []).append(site)
     return [
-        Wave(tuple(Group(node, tuple(members), members[0].shape[1]) for node, members in by_level[rank].items()))
+        Wave(
+            tuple(
+                Group(node, tuple(members), members[0].shape[1], expert)
+                for (node, expert), members in by_level[rank].items()
+            )
+        )
         for rank in sorted(by_level)
     ]
 

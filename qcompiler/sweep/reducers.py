@@ -6,6 +6,8 @@ from typing import Protocol
 
 import torch
 
+from qcompiler.ops.experts_linear import rows_by_expert
+
 
 class Reducer(Protocol):
     """Takes tokens as they come; `update` is a tap of `Segment.feed`."""
@@ -71,6 +73,7 @@ class Hessian:
 
     def __init__(self, k: int, dtype: torch.dtype = torch.float32):
         self._sum = torch.zeros(k, k, dtype=dtype)
+        self._done = False
         self.tokens = 0
 
     def update(self, x: torch.Tensor) -> None:
@@ -79,8 +82,36 @@ class Hessian:
         self.tokens += x.shape[0]
 
     def result(self) -> torch.Tensor:
-        """The mean; the sum's own memory is used, so ask once."""
-        return self._sum.div_(max(self.tokens, 1))
+        """The mean, in the sum's own memory: no update may follow."""
+        self._sum.div_(max(self.tokens, 1) if not self._done else 1)
+        self._done = True
+        return self._sum
+
+
+class ExpertHessians:
+    """H of every expert over the rows that are its own: `[experts]` of `Hessian`.
+
+    Args:
+        k: channels.
+        experts: how many there are; one that no row meets keeps H = 0.
+    """
+
+    def __init__(self, k: int, experts: int):
+        self._each = [Hessian(k) for _ in range(experts)]
+
+    def update(self, x: torch.Tensor, expert: torch.Tensor) -> None:
+        """Take `x` `[rows, k]` and the expert of each row, int64 `[rows]`."""
+        for index, rows in rows_by_expert(expert.reshape(-1), len(self._each)):
+            self._each[index].update(x[rows])
+
+    @property
+    def tokens(self) -> list[int]:
+        """Rows that each expert met."""
+        return [hessian.tokens for hessian in self._each]
+
+    def result(self, expert: int) -> torch.Tensor:
+        """The mean of one expert; `[k, k]`."""
+        return self._each[expert].result()
 
 
 class Cross:
@@ -88,6 +119,7 @@ class Cross:
 
     def __init__(self, k: int, dtype: torch.dtype = torch.float32):
         self._sum = torch.zeros(k, k, dtype=dtype)
+        self._done = False
         self.tokens = 0
 
     def update(self, x: torch.Tensor, x_float: torch.Tensor) -> None:
@@ -96,8 +128,10 @@ class Cross:
         self.tokens += x.shape[0]
 
     def result(self) -> torch.Tensor:
-        """The mean; the sum's own memory is used, so ask once."""
-        return self._sum.div_(max(self.tokens, 1))
+        """The mean, in the sum's own memory: no update may follow."""
+        self._sum.div_(max(self.tokens, 1) if not self._done else 1)
+        self._done = True
+        return self._sum
 
 
 class Reservoir:

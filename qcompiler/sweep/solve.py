@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,7 +28,7 @@ class Statistics(Protocol):
     """What a method gathers of a group's input."""
 
     def update(self, *x: torch.Tensor) -> None:
-        """Take the tokens of one sample: `[tokens, k]`; a second argument is the float stream's."""
+        """Take what `Segment.feed` gives of a sample for the group: `[tokens, k]`, and for experts the expert of each."""
 
 
 class Method(Protocol):
@@ -80,7 +81,7 @@ class _Run:
         waiting = [group for group in groups if any(site.name not in stored for site in self._todo(group))]
         gathered = {group: self.method.statistics(group) for group in waiting}
         if gathered:
-            segment.feed({group.node: statistics.update for group, statistics in gathered.items()})
+            segment.feed({group.tapped: statistics.update for group, statistics in gathered.items()})
         for group in groups:
             for site in self._todo(group):
                 if site.name in stored:
@@ -138,7 +139,7 @@ class _Run:
         if fallback:
             self.report.fallbacks.append(Skip(site.name, fallback))
         format = self.context.schemes[site.name].weight_format
-        bits = 8 * sum(layout.packed_bytes(*site.shape, format).values()) / (site.shape[0] * site.shape[1])
+        bits = 8 * sum(layout.packed_bytes(*site.shape, format).values()) / math.prod(site.shape)
         before, after = record.get("error_before"), record.get("error_after")
         error = f"error {before:.3g} → {after:.3g}  " if before is not None and after is not None else ""
         memory = f"{anonymous_bytes() / 2**30:.1f} GiB"

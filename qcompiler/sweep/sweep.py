@@ -130,16 +130,17 @@ class Segment:
     def samples(self) -> int:
         return len(self._sweep.samples)
 
-    def feed(self, taps: Mapping[Node, Tap]) -> None:
+    def feed(self, taps: Mapping[Node | tuple[Node, ...], Tap]) -> None:
         """Run every sample as far as the tapped nodes need.
 
-        A tap is called once a sample with the node's value as `[tokens, k]`; with a float stream with two of them, the
-        same tokens in the main and in the float stream.
+        A tap is called once a sample with the node's value as `[tokens, k]` (a vector stays one); with a float stream with
+        two of them, the same tokens in the main and in the float stream. A tap of several nodes gets all their values of
+        the main stream, then all of the float one.
 
         Raises:
             InputError: a value that is not finite; names the layer and the sample.
         """
-        wanted = list(taps)
+        wanted = [node for key in taps for node in (key if isinstance(key, tuple) else (key,))]
         runs = [self._executor(wanted, products) for products in self._streams()]
         for sample in range(self.samples):
             seen: list[dict[Node, Any]] = []
@@ -148,8 +149,9 @@ class Segment:
                 for node in wanted:
                     self._check(node, values[node], sample)
                 seen.append(values)
-            for node, tap in taps.items():
-                tap(*(_rows(values.pop(node)) for values in seen))
+            for key, tap in taps.items():
+                nodes = key if isinstance(key, tuple) else (key,)
+                tap(*(_rows(values[node]) for values in seen for node in nodes))
 
     def run(
         self, sample: int, wanted: Sequence[Node], products: Mapping[Node, Product] | None = None, gradients: bool = False
@@ -233,7 +235,7 @@ class Segment:
 
 
 def _rows(value: torch.Tensor) -> torch.Tensor:
-    return value.reshape(-1, value.shape[-1])
+    return value.reshape(-1, value.shape[-1]) if value.dim() > 1 else value
 
 
 def _elements(leaves: list[Any]) -> int:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qcompiler.errors import GateError, InputError, UsageError
+from qcompiler.numerics import affine
 from qcompiler.passes.rewrite.quantize_sites import QuantizeSites
 from qcompiler.passes.solve.gptq import Gptq
 from qcompiler.passes.solve.round_to_nearest import RoundToNearest
@@ -30,6 +31,34 @@ def test_layers_lose_less_than_rounded_ones(model_type: str, asymmetric: bool):
         assert layer["method"] == "gptq" and layer["tokens"] == 24 * (1 if "pooler" in name else 16)
         assert layer["error_after"] < layer["error_before"], name
     assert {skip.reason for skip in report.skipped} <= {"the head; name it to have it solved"}
+
+
+def test_every_expert_is_solved_on_its_own_rows():
+    model = analysed("mixtral")
+    context = context_of(model, {"bits": 3, "group": 64}, samples=8, length=16)
+    report = Gptq().run(model.graph, context)
+    experts = [site for site in model.graph.sites if site.kind == "experts"]
+    assert experts and not report.fallbacks
+    for site in experts:
+        layer = report.layers[site.name]
+        assert layer["error_after"] < layer["error_before"]
+        assert layer["experts_missed"] == []
+        assert context.solutions[site.name].codes.shape == site.weight_shape
+
+
+def test_an_expert_that_no_token_meets_is_rounded_and_named():
+    model = analysed("mixtral")
+    context = context_of(model, {"bits": 3, "group": 64}, samples=1, length=2)
+    warnings: list[str] = []
+    context.reporter.warning = warnings.append  # type: ignore[method-assign]
+    report = Gptq().run(model.graph, context)
+    missed = {name: layer["experts_missed"] for name, layer in report.layers.items() if layer.get("experts_missed")}
+    assert missed
+    name, (first, *_) = next(iter(missed.items()))
+    assert any(name in warning and "no calibration token meets expert" in warning for warning in warnings)
+    weight = dict(model.graph.matrices(model.graph.site(name)))[first]
+    rounded = affine.fit(weight, context.schemes[name].weight_format)
+    assert torch.equal(context.solutions[name].codes[first], rounded.codes)
 
 
 def test_what_is_named_is_solved_and_nothing_else():

@@ -1,0 +1,252 @@
+"""What each method gains over its baseline at equal bits, over several draws of calibration text.
+
+Every variant is compiled as a user would compile it and run in ONNX Runtime over the same evaluation windows. A gain is the
+mean over windows (and seeds) of the paired difference of KL(float ‖ quantized), with its standard error over windows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import qcompiler
+from qcompiler.evaluate.evaluation import _plan, _run, _source
+from qcompiler.evaluate.metrics import token_divergence, token_nll
+from qcompiler.evaluate.targets import open_target
+from qcompiler.report.progress import make_reporter
+
+SAMPLES, LENGTH = 128, 256
+LOOKUPS = {"round_to_nearest": {"kind": "embedding"}}
+INT8_HEAD = {"bits": 8, "activations": "int8-token"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A recipe to compile, and whether calibration text decides anything in it."""
+
+    name: str
+    recipe: dict[str, Any]
+    calibrated: bool = True
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`better` is to beat `base`: its KL divergence is to be at most `most` times the base's."""
+
+    section: str
+    base: str
+    better: str
+    most: float = 1.0
+
+
+@dataclass
+class Measured:
+    """A variant's figures over the windows: nats a token, one row a seed."""
+
+    klds: list[np.ndarray] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    same_top: list[float] = field(default_factory=list)
+    bits: float = 0.0
+
+    @property
+    def kld(self) -> float:
+        return float(np.mean([row.mean() for row in self.klds]))
+
+
+def weight_variants(bits: int, group: int) -> Iterator[Variant]:
+    """Rounding, AWQ, GPTQ and GPTAQ at one width."""
+    linear = {"bits": bits, "group": group, "activations": "int8-block128"}
+    label = f"int{bits}-g{group}"
+
+    def variant(method: str, passes: list[Any], calibrated: bool = True) -> Variant:
+        name = f"{label}-{method}"
+        return Variant(name, {"name": name, "linear": linear, "passes": passes}, calibrated)
+
+    yield variant("rtn", [{"round_to_nearest": {"clipping": "mse"}}], False)
+    yield variant("awq", [LOOKUPS, "awq", "clip_search", "round_to_nearest"])
+    yield variant("gptq", [LOOKUPS, "gptq", "round_to_nearest"])
+    yield variant("gptaq", [LOOKUPS, {"gptq": {"asymmetric": True}}, "round_to_nearest"])
+
+
+def static_variants() -> Iterator[Variant]:
+    """W8A8 with static activations: plain, with corrected biases, smoothed."""
+    linear = {"bits": 8, "activations": "int8-static"}
+    observe = ["place_observers", "calibrate_ranges"]
+
+    def variant(name: str, passes: list[Any]) -> Variant:
+        return Variant(name, {"name": name, "linear": linear, "head": INT8_HEAD, "passes": passes})
+
+    yield variant("static", ["round_to_nearest", *observe])
+    yield variant("static-bias", ["round_to_nearest", *observe, "bias_correction"])
+    yield variant("static-smooth", ["smooth_quant", "round_to_nearest", *observe])
+    yield variant("static-smooth-bias", ["smooth_quant", "round_to_nearest", *observe, "bias_correction"])
+
+
+def distillation_variants() -> Iterator[Variant]:
+    """W4A8 with one activation scale a token: rounded, and distilled block by block."""
+    linear = {"bits": 4, "group": 128, "activations": "int8-token"}
+    yield Variant("w4a8-rtn", {"name": "w4a8-rtn", "linear": linear, "passes": ["round_to_nearest"]}, False)
+    passes = ["round_to_nearest", "distill_blocks"]
+    yield Variant("w4a8-distilled", {"name": "w4a8-distilled", "linear": linear, "passes": passes})
+
+
+def sensitivity_variants(model: str, keep: int = 5, draws: int = 5) -> Iterator[Variant]:
+    """int4 with the most sensitive layers at 8 bits, and with as many random ones."""
+    from qcompiler.sensitivity import sensitivity
+
+    found = sensitivity(model, bits=(4,), base="int4", keep=keep)
+    names = [layer["name"] for layer in found["layers"]]
+    chosen = found["ranking"]["4"][:keep] if "4" in found["ranking"] else found["ranking"][4][:keep]
+    linear = {"bits": 4, "group": 32, "activations": "int8-block128"}
+
+    def variant(name: str, kept: list[str]) -> Variant:
+        high = {"bits": 8, "activations": "int8-token"}
+        overrides = [{"select": {"name": layer}, "scheme": high} for layer in kept]
+        return Variant(name, {"name": name, "linear": linear, "overrides": overrides}, False)
+
+    yield variant("keep-sensitive", list(chosen))
+    for draw in range(draws):
+        picked = np.random.default_rng(draw).permutation([n for n in names if n not in chosen])[:keep].tolist()
+        yield variant(f"keep-random-{draw}", picked)
+
+
+def claims() -> list[Claim]:
+    """What is to hold."""
+    found = []
+    for bits in (4, 3):
+        for group in (32, 128):
+            label = f"int{bits}-g{group}"
+            found.append(Claim("weights", f"{label}-rtn", f"{label}-gptq", 0.8))
+            found.append(Claim("weights", f"{label}-rtn", f"{label}-awq"))
+            found.append(Claim("weights", f"{label}-gptq", f"{label}-gptaq"))
+    found += [Claim("static", "static", "static-bias"), Claim("static", "static", "static-smooth")]
+    found.append(Claim("distillation", "w4a8-rtn", "w4a8-distilled"))
+    return found + [Claim("sensitivity", f"keep-random-{draw}", "keep-sensitive") for draw in range(5)]
+
+
+SECTIONS = ("weights", "static", "distillation", "sensitivity")
+
+
+def variants(section: str, model: str) -> list[Variant]:
+    """The variants of a section."""
+    if section == "weights":
+        return [variant for bits in (4, 3) for group in (32, 128) for variant in weight_variants(bits, group)]
+    if section == "static":
+        return list(static_variants())
+    return list(distillation_variants() if section == "distillation" else sensitivity_variants(model))
+
+
+def measure(model: str, chosen: list[Variant], seeds: list[int], options: argparse.Namespace) -> dict[str, Measured]:
+    """Compile and run every variant with every seed; the float model's predictions are computed once."""
+    results = {variant.name: Measured() for variant in chosen}
+    with tempfile.TemporaryDirectory(prefix="qcompiler-accuracy-") as folder, make_reporter(options.quiet) as reporter:
+        reference = open_target(model, options.threads)
+        plan = _plan([reference], _source(None, options.windows), None, None, options.windows, None)
+        logits = np.lib.format.open_memmap(Path(folder) / "float.npy", "w+", np.float32, _shape(reference, plan))
+        expected: list[np.ndarray] = []
+        start = 0
+        for window in plan.windows:
+            rows = window.scored(_run(reference, window)["logits"])
+            logits[start : start + len(rows)] = rows
+            expected.append(logits[start : start + len(rows)])
+            start += len(rows)
+        for variant in chosen:
+            for seed in seeds if variant.calibrated else seeds[:1]:
+                reporter.stage(f"{variant.name}, seed {seed}")
+                output = Path(folder) / "artifact"
+                compiled = qcompiler.compile(
+                    model, output=output, recipe=variant.recipe, samples=options.samples, length=LENGTH, seed=seed, overwrite=True
+                )
+                _score(results[variant.name], open_target(output, options.threads), plan.windows, expected)
+                results[variant.name].bits = compiled.layers["totals"]["bits_per_weight"]
+                found = results[variant.name]
+                reporter.note(f"{variant.name}, seed {seed}: KL {found.klds[-1].mean():.5f}, ratio {found.ratios[-1]:.4f}")
+    return results
+
+
+def _shape(reference: Any, plan: Any) -> tuple[int, int]:
+    width = _run(reference, plan.windows[0])["logits"].shape[-1]
+    return sum(window.last - window.first for window in plan.windows), width
+
+
+def _score(found: Measured, target: Any, windows: list[Any], expected: list[np.ndarray]) -> None:
+    klds, same, losses = [], [], []
+    for window, theirs in zip(windows, expected, strict=True):
+        ours = window.scored(_run(target, window)["logits"])
+        kld, top = token_divergence(theirs, ours)
+        klds.append(kld.mean())
+        same.append(np.mean(top))
+        losses.append(np.mean(token_nll(ours, window.labels) - token_nll(theirs, window.labels)))
+    found.klds.append(np.array(klds))
+    found.same_top.append(float(np.mean(same)))
+    found.ratios.append(float(np.exp(np.mean(losses))))
+
+
+def judge(claim: Claim, results: dict[str, Measured]) -> dict[str, Any]:
+    """The paired gain of a claim, and whether it holds by more than two standard errors."""
+    base, better = results[claim.base], results[claim.better]
+    seeds = max(len(base.klds), len(better.klds))
+    pick = lambda rows, i: rows[i] if len(rows) > 1 else rows[0]  # noqa: E731
+    gains = np.mean([claim.most * pick(base.klds, i) - pick(better.klds, i) for i in range(seeds)], axis=0)
+    mean, error = float(gains.mean()), float(gains.std(ddof=1) / np.sqrt(len(gains)))
+    return {
+        "base": claim.base, "better": claim.better, "asked": claim.most, "reached": better.kld / base.kld,
+        "gain": mean, "standard_error": error, "holds": mean > 2 * error,
+    }  # fmt: skip
+
+
+def table(results: dict[str, Measured], judged: list[dict[str, Any]]) -> str:
+    """Markdown: figures of every variant, then every claim."""
+    lines = ["| variant | bits per weight | perplexity ratio | KL, nats | same top |", "|---|---|---|---|---|"]
+    for name, found in results.items():
+        spread = f" ± {np.std([row.mean() for row in found.klds], ddof=1):.5f}" if len(found.klds) > 1 else ""
+        lines.append(
+            f"| {name} | {found.bits:.3f} | {np.mean(found.ratios):.4f} | {found.kld:.5f}{spread} | {np.mean(found.same_top):.4f} |"
+        )
+    lines += ["", "| better | base | KL ratio | asked | paired gain | holds |", "|---|---|---|---|---|---|"]
+    for row in judged:
+        gain = f"{row['gain']:+.5f} ± {row['standard_error']:.5f}"
+        word = "yes" if row["holds"] else "no"
+        lines.append(f"| {row['better']} | {row['base']} | {row['reached']:.3f} | < {row['asked']:g} | {gain} | {word} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="tools/bench/accuracy", description=__doc__)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
+    parser.add_argument("--model", default="reference", help="checkpoint directory (default: reference)")
+    parser.add_argument("--seeds", type=int, default=3, help="draws of calibration windows (default: 3)")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help=f"calibration windows of {LENGTH} tokens (default: {SAMPLES})")
+    parser.add_argument("--windows", type=int, help="evaluation windows (default: the whole text)")
+    parser.add_argument("--only", metavar="WORD", help="variants whose name holds this word")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--quiet", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    options = parser.parse_args()
+    sections = options.sections or list(SECTIONS)
+    unknown = sorted(set(sections) - set(SECTIONS))
+    if unknown:
+        parser.error(f"unknown section {', '.join(unknown)}; known: {', '.join(SECTIONS)}")
+    chosen = [v for s in sections for v in variants(s, options.model) if not options.only or options.only in v.name]
+    results = measure(options.model, chosen, list(range(options.seeds)), options)
+    judged = [judge(c, results) for c in claims() if c.base in results and c.better in results]
+    print(table(results, judged))
+    if options.json:
+        figures = {
+            name: {"bits": m.bits, "kld": m.kld, "klds": [r.tolist() for r in m.klds], "ratios": m.ratios, "same_top": m.same_top}
+            for name, m in results.items()
+        }
+        options.json.write_text(json.dumps({"schema": 1, "variants": figures, "claims": judged}, indent=1) + "\n")
+    return 0 if all(row["holds"] for row in judged) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
