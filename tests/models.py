@@ -45,6 +45,22 @@ _GPT = dict(
 )
 _NEOX = {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"}
 _MOE = dict(_HEAD_DIM, moe_intermediate_size=128, num_experts=4, num_experts_per_tok=2)
+_DEEPSEEK = dict(
+    _LLAMA,
+    num_key_value_heads=4,
+    moe_intermediate_size=128,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=2,
+    topk_group=1,
+    n_shared_experts=1,
+    first_k_dense_replace=1,
+    kv_lora_rank=64,
+    q_lora_rank=64,
+    qk_rope_head_dim=32,
+    qk_nope_head_dim=32,
+    v_head_dim=64,
+)
 
 # model_type -> (model class, configuration). The first block runs in every test run, the second under --exhaustive.
 DECODERS: dict[str, tuple[str, dict]] = {
@@ -98,6 +114,7 @@ DECODERS: dict[str, tuple[str, dict]] = {
             pad_token_id=0,
         ),
     ),
+    "mixtral": ("MixtralForCausalLM", dict(_LLAMA, num_local_experts=4, num_experts_per_tok=2)),
 }
 
 ENCODERS: dict[str, tuple[str, dict]] = {
@@ -185,7 +202,36 @@ MORE_DECODERS: dict[str, tuple[str, dict]] = {
         ),
     ),
     "gpt_oss": ("GptOssForCausalLM", dict(_HEAD_DIM, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)),
-    "mixtral": ("MixtralForCausalLM", dict(_LLAMA, num_local_experts=4, num_experts_per_tok=2)),
+    "olmoe": ("OlmoeForCausalLM", dict(_LLAMA, intermediate_size=128, num_experts=4, num_experts_per_tok=2)),
+    "granitemoe": (
+        "GraniteMoeForCausalLM",
+        dict(_LLAMA, intermediate_size=128, num_local_experts=4, num_experts_per_tok=2),
+    ),
+    "phimoe": (
+        "PhimoeForCausalLM",
+        dict(_LLAMA, intermediate_size=128, num_local_experts=4, num_experts_per_tok=2),
+    ),
+    "jetmoe": (
+        "JetMoeForCausalLM",
+        dict(
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_key_value_heads=2,
+            kv_channels=64,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=128,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        ),
+    ),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", _DEEPSEEK),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", _DEEPSEEK),
+    "glm4_moe": ("Glm4MoeForCausalLM", dict(_MOE, n_routed_experts=4, first_k_dense_replace=1)),
+    "ernie4_5_moe": ("Ernie4_5_MoeForCausalLM", dict(_MOE, moe_num_experts=4, moe_k=2)),
     "qwen2_moe": ("Qwen2MoeForCausalLM", dict(_MOE, shared_expert_intermediate_size=128)),
     "qwen3_moe": ("Qwen3MoeForCausalLM", _MOE),
     "xglm": (

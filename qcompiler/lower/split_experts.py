@@ -69,13 +69,13 @@ def _split(graph: ir.Graph, node: ir.Node, parts: dict[str, list[ir.Value]]) -> 
 
 
 def _slices(graph: ir.Graph, value: ir.Value, name: str, experts: int) -> list[ir.Value]:
-    """An initializer for each expert's part of a stacked one, named as a layer's own: `<layer>.<expert>.codes`."""
+    """An initializer for each expert's part of a stacked one, a weight's named as a layer's own: `<layer>.<expert>.codes`."""
     array = value.const_value.numpy().reshape(experts, -1, *value.const_value.shape[1:])
     array = array[:, 0] if name == "bias" else array
-    base = value.name.removesuffix(name).removesuffix(".")
+    base = value.name.removesuffix(name)
     made = []
     for index in range(experts):
-        own = f"{base}.{index}.{name}"
+        own = f"{value.name}.{index}" if name == "bias" else f"{base}{index}.{name}"
         part = ir.Value(name=own, const_value=ir.tensor(array[index], name=own))
         part.dtype, part.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array[index].shape)
         graph.register_initializer(part)

@@ -46,7 +46,7 @@ def test_linears_are_sites_with_unique_names() -> None:
 def test_every_other_product_is_a_leftover_with_bytes_and_reason() -> None:
     graph, reports = mixed_graph()
     assert graph.leftovers == {
-        "experts": (768, "aten.bmm: a weight of 3 experts, batched; only single matrices are quantized"),
+        "experts": (768, "aten.bmm: a stack of 3 matrices, in a form that is not read as one matrix for each row"),
         "conv.weight": (100, "aten.conv1d: convolutions stay in float"),
         "mixing": (100, "aten.matmul: the weight is not the right factor of a product over the last axis"),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,8 @@ from torch.utils import _pytree
 import qcompiler
 from qcompiler import recipe as recipes
 from qcompiler.capture.feeds import feed
-from qcompiler.errors import GateError
 from qcompiler.ops.formats import Activation
 from qcompiler.ops.linear_nbit import quantize_activations
-from qcompiler.recipe import Allow
 from qcompiler.runtime.session import Session
 from tests.captures import Analysed, analysed
 from tests.models import ALWAYS, EXHAUSTIVE, is_decoder
@@ -44,11 +41,15 @@ class FakeQuantized(Interpreter):
         weight = self.weights[site.name]
         if site.kind == "embedding":
             return torch.nn.functional.embedding(arguments[1], weight)
+        bias = arguments[3 if site.kind == "experts" else 2 :]
         x, activation = arguments[0], self.schemes[site.name].activation
         if activation is not Activation.FLOAT and not self.float_activations:
             q, scale = quantize_activations(x.reshape(-1, x.shape[-1]).numpy(), activation)
             x = torch.from_numpy(q * scale).reshape(x.shape)
-        return torch.nn.functional.linear(x, weight, arguments[2] if len(arguments) > 2 else None)
+        if site.kind == "experts":  # a matrix for each row
+            y = torch.einsum("rk,rnk->rn", x, weight[arguments[1]])
+            return y + bias[0][arguments[1]] if bias else y
+        return torch.nn.functional.linear(x, weight, *bias)
 
 
 def outputs(artifact: Path, tokens: np.ndarray, decoder: bool) -> np.ndarray:
@@ -68,19 +69,12 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
 def test_int4(model_type, tmp_path):
     captured = analysed(model_type)
     recipe = recipes.load("int4")
-    if any("experts" in why for _, why in captured.graph.leftovers.values()):  # named, and refused unless allowed
-        with pytest.raises(GateError, match="experts, batched; only single matrices are quantized"):
-            qcompiler.compile(captured.model, output=tmp_path / "refused", recipe=recipe, samples=0)
-        assert not (tmp_path / "refused").exists()
-        recipe = replace(recipe, allow=Allow(min_coverage=0))
     result = qcompiler.compile(captured.model, output=tmp_path / "out", recipe=recipe, samples=0)
     context = result.quantizer.context
     assert {s.name for s in captured.graph.sites} == {s.name for s in result.quantizer.graph.sites}
 
     totals = result.layers["totals"]
-    assert totals["coverage"] >= recipe.allow.min_coverage
-    for left in result.layers["left_in_float"]:
-        assert left["reason"], left
+    assert totals["coverage"] == 1 and result.layers["left_in_float"] == []
 
     decoder = is_decoder(model_type)
     tokens = np.random.default_rng(0).integers(3, 512, LENGTH)
