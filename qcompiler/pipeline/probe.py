@@ -9,6 +9,7 @@ import torch
 from torch.fx import Interpreter, Node
 from torch.fx.node import map_arg
 
+from qcompiler.numerics.affine import CHUNK
 from qcompiler.passes.rewrite.quantize_sites import packed
 from qcompiler.passes.rewrite.site_product import SiteProduct
 
@@ -51,20 +52,28 @@ class _Probe(Interpreter):
         result = super().run_node(node)
         site = self.sites.get(node)
         if site is not None:
-            arguments, _ = self.fetch_args_kwargs_from_env(node)
-            experts = arguments[1] if site.kind == "experts" else None
             first = 3 if site.kind == "experts" else 2
+            # without the weight: it was read once already
+            given = tuple(None if i == first - 1 else argument for i, argument in enumerate(node.args))
+            arguments: Any = self.map_nodes_to_values(given, node)
+            experts = arguments[1] if site.kind == "experts" else None
             own = arguments[first] if len(arguments) > first else None
             quantized = self.products[site.name](arguments[0], own, experts)
             sums = self.sums[site.name]
             # the bias is no part of the product: a large one would hide the error
-            bias: Any = 0 if own is None else own
+            bias = torch.zeros(()) if own is None else own
             if experts is not None:
                 self.hit[site.name].update(experts.unique().tolist())
-                bias = 0 if own is None else own[experts]
-            sums[0] += (result - bias).double().square().sum().item()
-            sums[1] += (result - quantized).double().square().sum().item()
+                bias = bias if own is None else own[experts]
+            sums[0] += _square_sum(result, bias)
+            sums[1] += _square_sum(result, quantized)
         return result
+
+
+def _square_sum(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Σ (x − y)² in float64, some rows at a time: the logits of a window may take more than a layer."""
+    rows = [t.flatten(end_dim=-2).split(max(1, CHUNK // x.shape[-1])) for t in torch.broadcast_tensors(x, y)]
+    return sum((a - b).double().square().sum().item() for a, b in zip(*rows, strict=True))
 
 
 def output_sqnr(graph: Graph, context: Context, samples: list[dict[str, Any]]) -> dict[str, float]:
