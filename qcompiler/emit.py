@@ -83,7 +83,8 @@ def _to_stock(model: Any, quantizer: Quantizer) -> dict[str, int]:
     for record in layer_records(quantizer):
         if record["format"] != "float32":
             size = sum(weights[f"{record['packed_as']}.codes"].values())
-            layers[record["name"]] = {"bytes": size, "bits_per_weight": round(8 * size / math.prod(record["shape"]), 4)}
+            count = record["experts"] * math.prod(record["shape"])
+            layers[record["name"]] = {"bytes": size, "bits_per_weight": round(8 * size / count, 4)}
     timing = {"milliseconds": 1000 * (time.perf_counter() - start), "peak_rss_bytes": peak_rss_bytes()}
     quantizer.trace.add_numbers("to_stock", "lower", layers, {}, timing)
     return {key: sum(sizes.get(key, 0) for sizes in weights.values()) for key in KINDS}

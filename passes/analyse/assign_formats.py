@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from qcompiler.errors import UsageError
+from qcompiler.errors import UnsupportedError, UsageError
 from qcompiler.ops.formats import Activation
 from qcompiler.pipeline.passes import Pass, Report, Skip
 
@@ -41,9 +41,9 @@ class AssignFormats(Pass):
                         "and the recipe says strict_groups"
                     )
                 if site.kind == "experts" and scheme.activation is Activation.INT8_STATIC:
-                    raise UsageError(
-                        f"layer {site.name}: products with experts take no int8-static activations; override the role "
-                        "expert with int8-token, int8-block128 or float activations"
+                    raise UnsupportedError(
+                        f"layer {site.name}: experts take no int8-static activations; nearest: int8-block128 or int8-token, "
+                        "in an override that selects the role expert"
                     )
                 context.schemes[site.name] = scheme
                 report.layers[site.name] = {"format": scheme.weight_format.label, "activation": scheme.activations}

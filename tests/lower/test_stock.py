@@ -68,7 +68,8 @@ def test_every_case_gives_what_the_reference_gives(name: str, format: str) -> No
         model = single_node_model(spec, case)
         sizes = to_stock(model)
         assert_stock(model)
-        own = ("bias", "expert", *(f"input_{part}" for part in ("scale", "zero")), "kept_columns", "outlier_")  # small ones are not counted
+        # small ones are not counted
+        own = ("bias", "expert", *(f"input_{part}" for part in ("scale", "zero")), "kept_columns", "outlier_")
         stored = sum(
             v.const_value.nbytes
             for k, v in model.graph.initializers.items()

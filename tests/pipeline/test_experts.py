@@ -11,7 +11,7 @@ import transformers
 
 import qcompiler
 from qcompiler import recipe as recipes
-from qcompiler.errors import GateError, UsageError
+from qcompiler.errors import GateError, UnsupportedError
 from qcompiler.report.progress import Silent
 
 FLOAT = {"bits": 8, "group": 32, "activations": "float"}
@@ -66,7 +66,7 @@ def test_formats_notes_and_tokens(tmp_path: Path) -> None:
 
 def test_static_activations_are_refused_by_name(tmp_path: Path) -> None:
     chosen = RECIPE | {"linear": {"bits": 8, "group": 0, "activations": "int8-static"}}
-    with pytest.raises(UsageError, match="mlp.experts.gate_up_proj: products with experts take no int8-static"):
+    with pytest.raises(UnsupportedError, match="mlp.experts.gate_up_proj: experts take no int8-static"):
         qcompiler.compile(mixture(), output=tmp_path / "out", recipe=chosen, samples=0)
     assert not (tmp_path / "out").exists()
 
