@@ -107,7 +107,7 @@ def compare(
         _evaluate(model, runs, store, key(scored.content, context, max_windows), windows, reporter)
         _speed(runs, store, {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}, repeats, threads, reporter)
         rows = [_row(run, kept=output is not None) for run in runs]
-    result = next((run.found["evaluation"]["result"] for run in runs if run.error is None), {})
+    result: dict[str, Any] = next((run.found["evaluation"]["result"] for run in runs if run.error is None), {})
     parameters = next((run.found["compile"]["parameters"] for run in runs if run.error is None), None)
     return {
         "schema": SCHEMA,
@@ -260,7 +260,7 @@ def _evaluate(
 
 
 def _speed(
-    runs: list[Run], store: Store, given: dict[str, int], repeats: int, threads: int | None, reporter: Reporter
+    runs: list[Run], store: Store, given: dict[str, Any], repeats: int, threads: int | None, reporter: Reporter
 ) -> None:
     """Rounds over all recipes; when one has no figure that was taken beside the others, all are measured again."""
     decoders = [run for run in runs if run.error is None and run.found["compile"]["kind"] == "decoder"]

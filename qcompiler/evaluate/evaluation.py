@@ -133,8 +133,7 @@ def _plan(
     tokens = _tokens(models, tokenizer, source)
     length = choose_context(context, [model.context.within(tokens.limit) for model in models])
     ids = tokens.encode(source.content)
-    # What stands before a text begins every window. What stands after it would be scored as text, so it is left to
-    # models that are not asked for the next token.
+    # What stands before a text begins every window. What stands after it would be scored, so only other models get it.
     marks = (tokens.prefix, () if models[0].causal is not False else tokens.suffix)
     windows = list(islice(cut(ids, length, stride, *marks), max_windows))
     if not windows:
@@ -155,10 +154,10 @@ def _measure(
     scores: list[_Scores | _Outputs | QCompilerError | None] = [None] * len(targets)
     for window in plan.windows:
         expected = None if against is None else _run(against, window)
-        for i, target in enumerate(targets):
-            if not isinstance(scores[i], QCompilerError):
+        for i, (target, score) in enumerate(zip(targets, tuple(scores), strict=True)):
+            if not isinstance(score, QCompilerError):
                 try:
-                    scores[i] = _add(scores[i], target, against, window, expected, plan.tokens)
+                    scores[i] = _add(score, target, against, window, expected, plan.tokens)
                 except QCompilerError as error:
                     scores[i] = error
         alive = [score for score in scores if isinstance(score, (_Scores, _Outputs))]

@@ -12,7 +12,7 @@ from qcompiler.ops.formats import BITS
 from qcompiler.recipe.schema import Override, Recipe, Scheme, Select
 
 
-def keep_recipe(base: Recipe, layers: Sequence[dict[str, Any]], keep: int, bits: int = 8) -> Recipe:
+def keep_recipe(base: Recipe, layers: Sequence[dict[str, Any]], keep: int, bits: Any = 8) -> Recipe:
     """`base` with overrides that give its `keep` most sensitive layers `bits` instead of their own width.
 
     Only layers that `base` gives fewer than `bits` are looked at, each by its divergence at the width that `base` gives it;
@@ -20,6 +20,7 @@ def keep_recipe(base: Recipe, layers: Sequence[dict[str, Any]], keep: int, bits:
 
     Args:
         layers: as `sensitivity` returns them.
+        bits: 8, 4 or 3.
 
     Raises:
         UsageError: there are fewer than `keep` such layers, or one's width was not measured.
