@@ -22,7 +22,6 @@ import sys
 import time
 import traceback
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -332,30 +331,45 @@ def _leaves(output: Any) -> dict[str, Any]:
 
 
 def markdown(results: dict[str, dict]) -> str:
-    rows = ["| type | class | exporter | captured | compiled | error | remark |", "|---|---|---|---|---|---|---|"]
+    """Counts, what works by name, and a row for every type that does not."""
+    groups: dict[str, dict[str, dict]] = {}
     for name, result in sorted(results.items()):
-        yes = [_mark(result.get(key)) for key in ("exporter", "captured", "compiled")]
-        error = f"{result['error']:.0e}" if "error" in result else ""
-        remark = result.get("reason", "").replace("|", "/")[:160]
-        if result.get("step", "any number") != "any number":
-            remark = f"{result['step']} a step; {remark}".rstrip("; ")
-        rows.append(f"| {name} | {result['class']} | {' | '.join(yes)} | {error} | {remark} |")
-    counts = Counter(_outcome(result) for result in results.values())
-    return "\n".join([*rows, "", *(f"{count} {outcome}" for outcome, count in counts.most_common())])
+        groups.setdefault(_outcome(result), {})[name] = result
+    counts = [f"| {outcome} | {len(groups[outcome])} |" for outcome in OUTCOMES if outcome in groups]
+    lines = ["| outcome | types |", "|---|---|", *counts, f"| surveyed | {len(results)} |"]
+    for outcome in OUTCOMES[:2]:
+        names = [name + _limited(result) for name, result in groups.get(outcome, {}).items()]
+        lines += ["", f"**{outcome.capitalize()}:** {', '.join(names)}."] if names else []
+    for outcome in OUTCOMES[2:]:
+        if outcome in groups:
+            lines += ["", f"## {outcome.capitalize()}", "", "| type | class | reason |", "|---|---|---|"]
+            lines += [f"| {name} | {r['class']} | {_cell(r.get('reason', ''))} |" for name, r in groups[outcome].items()]
+    return "\n".join(lines)
 
 
-def _mark(value: Any) -> str:
-    return "" if value is None else "no" if value is False else "yes" if value is True else str(value)
+OUTCOMES = (
+    "compiled and equal", "captured and equal", "captured, not compiled", "refused, traced by the exporter",
+    "refused, not traced by the exporter either", "no small configuration",
+)  # fmt: skip
+
+
+def _limited(result: dict) -> str:
+    step = result.get("step", "any number")
+    return "" if step == "any number" or result["form"] != "decoder" else f" ({step} a step)"
+
+
+def _cell(reason: str) -> str:
+    return reason.replace("|", "/")[:220]
 
 
 def _outcome(result: dict) -> str:
     if not result.get("built"):
-        return "not built: no small configuration"
+        return OUTCOMES[5]
     if result.get("compiled"):
-        return "compiled and equal"
+        return OUTCOMES[0]
     if result.get("captured"):
-        return "captured, not compiled"
-    return "refused, traced by the exporter" if result.get("exporter") else "refused, not traced by the exporter either"
+        return OUTCOMES[1] if result.get("compiled") is None else OUTCOMES[2]
+    return OUTCOMES[3] if result.get("exporter") else OUTCOMES[4]
 
 
 if __name__ == "__main__":

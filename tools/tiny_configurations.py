@@ -79,7 +79,7 @@ OF_A_TYPE: dict[str, dict[str, Any]] = {
     "reformer": dict(axial_pos_shape=[8, 16], axial_pos_embds_dim=[32, 32], is_decoder=True),
     "reformer_encoder": dict(axial_pos_shape=[8, 16], axial_pos_embds_dim=[32, 32]),
     "gemma4_assistant": dict(),
-    "xlstm": dict(num_heads=HEADS),
+    "xlstm": dict(num_heads=HEADS, qk_dim_factor=1.0),
     "qwen4_exp": dict(),
 }
 # Layers of these are made by the type itself from their number.

@@ -81,6 +81,11 @@ def _prepared(model: PreTrainedModel, plain: bool, many: bool, description: str)
     axes = _axes(inputs, get_leaf_tensors(outputs), description, 2 if many else 1)
     switches = {"use_cache": True, "return_dict": True}
     inputs = {name: value for name, value in inputs.items() if name not in _SWITCHES and value is not None}
+    if foreign := [path for path in axes if path in get_leaf_tensors(outputs) and path.split(".")[0] not in _caches(inputs)]:
+        raise UnsupportedError(
+            f"{description}: keeps {', '.join(foreign[:3])} from step to step outside a cache of transformers; expected "
+            "keys and values or states in one cache object"
+        )
     shapes = {name: _dynamic(name, value, axes) for name, value in inputs.items()}
     on_copies(part, inputs, {path for path in axes if not axes[path]})
     return Prepared(part, inputs, shapes, "decoder", description, axes, switches)
@@ -96,8 +101,11 @@ def _prompt(model: PreTrainedModel) -> torch.Tensor:
 
 def _states(prepared: Prepared) -> list[str]:
     """Paths of the cache's tensors whose shape is fixed."""
-    caches = {name: value for name, value in prepared.inputs.items() if is_cache_object(value)}
-    return [path for path in get_leaf_tensors(caches) if not prepared.axes[path]]
+    return [path for path in get_leaf_tensors(_caches(prepared.inputs)) if not prepared.axes[path]]
+
+
+def _caches(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if is_cache_object(value)}
 
 
 def _differs(model: PreTrainedModel, prepared: Prepared) -> str | None:

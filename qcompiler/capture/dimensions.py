@@ -46,28 +46,35 @@ def _renamed(expression: str, names: dict[str, str]) -> str:
 
 
 def longest(program: torch.export.ExportedProgram, prepared: Prepared, limit: int) -> int:
-    """The largest `length`, up to `limit`, at which a traced program is right, and at every smaller one from 2.
+    """The largest `length` from 2 up to `limit` at which a traced program is right, as it is at every smaller one.
 
     A tracer follows the model's own code for the lengths that it sees and leaves a guard wherever that code asked
     something of them, such as how many chunks there are; an ONNX graph has no guards.
     """
     guards = program.module()._guards_fn
     tensors = get_leaf_tensors(prepared.inputs)
-    for length in range(2, limit + 1):
+
+    def holds(length: int) -> bool:
         for past in (7, 300):
             sizes = {"length": length, "past_length": past, "total_length": past + length}
-            empty = [
-                torch.empty(
-                    [sizes.get(prepared.axes[path].get(at, ""), size) for at, size in enumerate(tensor.shape)],
-                    dtype=tensor.dtype, device="meta",
-                )
-                for path, tensor in tensors.items()
-            ]  # fmt: skip
+            axes = [prepared.axes[path] for path in tensors]
+            shapes = [
+                [sizes.get(names.get(at, ""), size) for at, size in enumerate(tensor.shape)]
+                for names, tensor in zip(axes, tensors.values(), strict=True)
+            ]
             try:
-                guards(*empty)
+                guards(*(torch.empty(s, dtype=t.dtype, device="meta") for s, t in zip(shapes, tensors.values(), strict=True)))
             except Exception:
-                return length - 1
-    return limit
+                return False
+        return True
+
+    low, high = 2, limit
+    if all(map(holds, (limit, limit - 1, limit // 2 + 1, 3))):
+        return limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return next((length - 1 for length in range(3, low + 1) if not holds(length)), low)
 
 
 def program_ports(program: torch.export.ExportedProgram, prepared: Prepared) -> tuple[list[Port], list[Port]]:

@@ -36,11 +36,15 @@ def feed(prepared: Prepared, tokens: torch.Tensor, past: int = 0, cache: Any = N
         cache: what came out with the last of them, for a decoder.
 
     Raises:
-        UnsupportedError: the model takes no tokens.
+        UnsupportedError: the model takes no tokens, or fewer of them at once.
     """
     if not takes_tokens(prepared):
         raise UnsupportedError(f"{prepared.description}: takes no token ids; give example inputs instead")
     batch, length = tokens.shape
+    if prepared.step is not None and length > prepared.step:
+        raise UnsupportedError(
+            f"{prepared.description}: its graph takes {prepared.step} tokens at once, found {length}: run them in steps"
+        )
     sizes = {"batch": batch, "length": length, "past_length": past, "total_length": past + length}
     kept = cache_name(prepared) if cache is not None else None
     return {
@@ -61,7 +65,7 @@ def steps(prepared: Prepared, tokens: torch.Tensor) -> Iterator[dict[str, Any]]:
         given = feed(prepared, tokens[:, past : past + size], past, cache)
         yield given
         if past + size < length:
-            with torch.no_grad():
+            with torch.no_grad(), prepared.stored.lent(prepared.module):
                 cache = prepared.module(**copy.deepcopy(given), **prepared.switches)[cache_name(prepared)]
 
 

@@ -39,7 +39,9 @@ def _check_form(model: PreTrainedModel) -> None:
     expected = "expected a decoder language model or an encoder of text"
     accepted = inspect.signature(model.forward).parameters
     if "decoder_input_ids" in accepted:
-        raise UnsupportedError(f"{found} is an encoder-decoder; {expected}")
+        raise UnsupportedError(
+            f"{found} is an encoder-decoder; {expected}. Its encoder alone can be compiled: pass model.get_encoder()"
+        )
     if is_multimodal(model):
         raise UnsupportedError(f"{found} takes more than text; {expected}")
     if "input_ids" not in accepted:

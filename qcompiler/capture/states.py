@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from transformers.cache_utils import (
 from transformers.exporters.exporter_dynamo import is_cache_object
 from transformers.exporters.utils import get_leaf_tensors
 
+# Tokens in a chunk of a recurrence: a step of one token costs as much as this many, beside the products.
+CHUNK = 16
 _GROWING = {
     DynamicSlidingWindowLayer: DynamicLayer,
     LinearAttentionAndSlidingWindowAttentionLayer: LinearAttentionAndFullAttentionLayer,
@@ -38,26 +42,39 @@ def grow_only(inputs: dict[str, Any]) -> None:
 
 
 def on_copies(part: torch.nn.Module, inputs: dict[str, Any], states: set[str]) -> None:
-    """Make `part`, a shallow copy of a model, work on copies of the `states` (paths) that it is given.
+    """Make `part`, a shallow copy of a model, work on copies of the `states` (paths) that it is given, in short chunks.
 
     Models write the next state into the tensor that held the last one; a graph whose inputs change under its caller
-    could not be run twice with the same arguments.
+    could not be run twice with the same arguments. And they pad what they are given to whole chunks, hundreds of tokens
+    for one: any length of a chunk gives the same numbers.
     """
     forward = part.forward
     places = {}
     for name, value in inputs.items():
         if is_cache_object(value):
-            paths = get_leaf_tensors({name: value})
-            places[name] = [path in states for path in paths]
+            places[name] = [path in states for path in get_leaf_tensors({name: value})]
     if not any(any(copied) for copied in places.values()):
         return
 
     @functools.wraps(forward)
-    def on_copies(*args: Any, **kwargs: Any) -> Any:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
         for name, copied in places.items():
             leaves, spec = _pytree.tree_flatten(kwargs[name])
             leaves = [leaf.clone() if copy else leaf for leaf, copy in zip(leaves, copied, strict=True)]
             kwargs[name] = _pytree.tree_unflatten(leaves, spec)
-        return forward(*args, **kwargs)
+        with _short_chunks(part):
+            return forward(*args, **kwargs)
 
-    part.forward = on_copies
+    part.forward = wrapped
+
+
+@contextlib.contextmanager
+def _short_chunks(part: torch.nn.Module) -> Iterator[None]:
+    changed = [(module, size) for module in part.modules() if isinstance(size := getattr(module, "chunk_size", None), int)]
+    try:
+        for module, size in changed:
+            module.chunk_size = min(size, CHUNK)
+        yield
+    finally:
+        for module, size in changed:
+            module.chunk_size = size

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import transformers
 
+from qcompiler.capture.capture import captured
 from qcompiler.capture.prepare import prepare
 from qcompiler.errors import UnsupportedError
 
@@ -12,16 +14,20 @@ SIZES = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_h
 REFUSED = {
     "T5ForConditionalGeneration": (
         dict(vocab_size=64, d_model=32, d_ff=32, d_kv=16, num_layers=1, num_heads=2),
-        r"t5 \(T5ForConditionalGeneration\) is an encoder-decoder",
+        r"t5 \(T5ForConditionalGeneration\) is an encoder-decoder.*Its encoder alone can be compiled: pass model.get_encoder",
     ),
     "ViTModel": (
         dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32),
         "'pixel_values', not token ids",
     ),
-    "MambaForCausalLM": (
-        dict(vocab_size=64, hidden_size=32, num_hidden_layers=1), "its cache holds more than keys and values"
+    "RwkvForCausalLM": (
+        dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32, context_length=32),
+        "rwkv: keeps state.0, state.1, state.2 from step to step outside a cache of transformers",
     ),
-    "Qwen3NextForCausalLM": (dict(SIZES, num_hidden_layers=4), "its cache holds more than keys and values"),
+    "RecurrentGemmaForCausalLM": (
+        dict(SIZES, num_hidden_layers=3, head_dim=16, lru_width=32, attention_window_size=16),
+        "recurrent_gemma: no cache that comes out of a step can go into the next one",
+    ),
     "XLNetLMHeadModel": (dict(vocab_size=64, d_model=32, n_layer=1, n_head=2, d_inner=32), "xlnet: "),
 }  # fmt: skip
 
@@ -33,3 +39,18 @@ def test_the_message_names_the_model_and_what_was_found(name: str) -> None:
     with pytest.raises(UnsupportedError, match=message) as caught:
         prepare(cls(cls.config_class(**options)))
     assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BartForConditionalGeneration"])
+def test_the_encoder_of_an_encoder_decoder_is_an_encoder(name: str) -> None:
+    cls = getattr(transformers, name)
+    sizes = dict(vocab_size=64, d_model=32, d_ff=32, d_kv=16, num_layers=1, num_heads=2, decoder_ffn_dim=32)
+    config = cls.config_class(**sizes, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32)
+    encoder = cls(config).eval().get_encoder()
+    prepared = prepare(encoder)
+    assert prepared.kind == "encoder" and set(prepared.inputs) == {"input_ids", "attention_mask"}
+    feed = {"input_ids": torch.arange(3, 30).reshape(3, 9), "attention_mask": torch.ones(3, 9, dtype=torch.long)}
+    feed["attention_mask"][1, 4:] = 0
+    with torch.no_grad():
+        expected, found = encoder(**feed), captured(prepared).module(**feed)
+    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state)
