@@ -76,7 +76,7 @@ def own_tensors(
             if site.name not in context.static_ranges:
                 raise GateError(
                     f"layer {site.name}: no calibrated range for its int8-static activations; "
-                    "add calibrate_ranges to the recipe's passes"
+                    "add place_observers and calibrate_ranges to the recipe's passes"
                 )
             zeros = None if solution.zeros is None else solution.zeros.numpy()
             codes, scales = solution.codes.numpy(), solution.scales.numpy()

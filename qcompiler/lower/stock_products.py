@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.errors import UnsupportedError
+from qcompiler.lower.external import INLINE_BYTES
 from qcompiler.ops import SPECS, layout
 from qcompiler.ops.formats import AffineFormat
 
@@ -29,10 +30,12 @@ def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 
 
 def _own(graph: ir.Graph, name: str, array: np.ndarray, beside: dict[str, int], kind: str) -> ir.Value:
-    """An initializer of that name, made once and then counted in `beside`: an exporter may have merged equal constants."""
+    """An initializer of that name, made once (an exporter may have merged equal constants) and counted in `beside`, unless it
+    is so small that it stays in the graph."""
     if name in graph.initializers:
         return graph.initializers[name]
-    beside[kind] = beside.get(kind, 0) + array.nbytes
+    if array.nbytes > INLINE_BYTES:
+        beside[kind] = beside.get(kind, 0) + array.nbytes
     return initializer(graph, name, array)
 
 

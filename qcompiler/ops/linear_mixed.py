@@ -30,11 +30,11 @@ def check_columns(columns: np.ndarray, k: int) -> None:
         raise ValueError(f"column {columns[step[0] + 1]} follows {columns[step[0]]}: expected ascending columns, each once")
 
 
-def outlier_bytes(n: int, columns: int) -> dict[str, int]:
-    """Bytes of `columns` and `outliers`, and of the tile's padding, by kind."""
+def outlier_bytes(n: int, columns: int, indices: bool = True) -> dict[str, int]:
+    """Bytes of `outliers` and (with `indices`) of `columns`, and of the last tile's padding, by kind."""
     stored = 2 * int(np.prod(layout.outliers_shape(n, columns)))
     weights = 2 * n * columns
-    return {"outliers": weights + 4 * columns, "padding": stored - weights}
+    return {"outliers": weights + 4 * columns * indices, "padding": stored - weights}
 
 
 def reference(inputs: Mapping[str, Any], attributes: Mapping[str, int]) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from qcompiler.lower.external import INLINE_BYTES
 from qcompiler.ops import SPECS, layout
 from qcompiler.ops.activation_range import INPUTS
 from qcompiler.ops.formats import Activation, AffineFormat
@@ -152,7 +153,13 @@ def packed_totals(model: ir.Model) -> dict[str, int]:
 
 def _beside(inputs: dict[str, ir.Value | None], n: int, seen: set[int]) -> dict[str, int]:
     """Bytes of what a node of n outputs reads beside its packed weight, by kind; tensors in `seen` do not count again."""
-    own = {name: v for name in ("outliers", *INPUTS) if (v := inputs.get(name)) is not None and id(v) not in seen}
+    names = ("columns", "outliers", *INPUTS)
+    own = {name: v for name in names if (v := inputs.get(name)) is not None and id(v) not in seen}
     seen.update(map(id, own.values()))
-    sizes = {"activations": sum(own[name].const_value.nbytes for name in INPUTS if name in own)}
-    return sizes | (outlier_bytes(n, own["outliers"].const_value.shape[1]) if "outliers" in own else {})
+    # what is small lies in the graph, and counts there
+    stored = {name: v.const_value.nbytes for name, v in own.items() if v.const_value.nbytes > INLINE_BYTES}
+    sizes = {"activations": sum(stored.get(name, 0) for name in INPUTS), "outliers": stored.get("columns", 0)}
+    if "outliers" in stored:
+        floats = outlier_bytes(n, own["outliers"].const_value.shape[1], indices=False)
+        sizes |= {"outliers": sizes["outliers"] + floats["outliers"], "padding": floats["padding"]}
+    return sizes

@@ -98,6 +98,24 @@ int32_t check_exactness(const char* op, const Matrix& w, int32_t activation, boo
               op, w.k, w.bits, longest);
 }
 
+// `last`: the largest kind that the op takes.
+int32_t check_activation(const char* op, int32_t activation, int32_t last) {
+  if (activation >= QC_ACT_FLOAT && activation <= last) return kOk;
+  return fail(kInvalidArgument, "%s: activation is %" PRId32 ", expected 0 (float), 1 (int8 per token)%s", op, activation,
+              last == QC_ACT_INT8_STATIC ? ", 2 (int8 per block) or 3 (static int8)" : " or 2 (int8 per block)");
+}
+
+// No rows need no pointers.
+int32_t check_operands(const char* op, const Matrix& matrix, int64_t rows, const float* x, const float* y) {
+  if (rows < 0) return fail(kInvalidArgument, "%s: rows is %" PRId64 ", expected at least 0", op, rows);
+  if (rows == 0) return kOk;
+  if (int32_t code = check_matrix(op, "x", rows, matrix.k)) return code;
+  if (int32_t code = check_matrix(op, "y", rows, matrix.n)) return code;
+  if (!x) return null_pointer(op, "x");
+  if (!y) return null_pointer(op, "y");
+  return kOk;
+}
+
 int32_t check_range(const char* op, int32_t activation, const qc_activation_range* range, ActivationRange* out) {
   if (activation != QC_ACT_INT8_STATIC) {
     if (!range) return kOk;
@@ -148,12 +166,7 @@ int32_t linear(const char* op, const qc_context* context, const qc_weight* weigh
   const Kernels* kernels = nullptr;
   if (int32_t code = check_context(op, context, &workers, &kernels)) return code;
   if (int32_t code = check_weight(op, weight, &matrix)) return code;
-  if (activation < QC_ACT_FLOAT || activation > QC_ACT_INT8_STATIC) {
-    return fail(kInvalidArgument,
-                "%s: activation is %" PRId32 ", expected 0 (float), 1 (int8 per token), 2 (int8 per block) or 3 (static "
-                "int8)",
-                op, activation);
-  }
+  if (int32_t code = check_activation(op, activation, QC_ACT_INT8_STATIC)) return code;
   ActivationRange levels{};
   LinearExtras extras;
   if (int32_t code = check_range(op, activation, range, &levels)) return code;
@@ -161,12 +174,8 @@ int32_t linear(const char* op, const qc_context* context, const qc_weight* weigh
   if (outliers) extras.outliers = *outliers;
   if (int32_t code = check_outliers(op, extras.outliers, matrix.k)) return code;
   if (int32_t code = check_exactness(op, matrix, activation, levels.low < -127)) return code;
-  if (rows < 0) return fail(kInvalidArgument, "%s: rows is %" PRId64 ", expected at least 0", op, rows);
+  if (int32_t code = check_operands(op, matrix, rows, x, y)) return code;
   if (rows == 0) return kOk;
-  if (int32_t code = check_matrix(op, "x", rows, matrix.k)) return code;
-  if (int32_t code = check_matrix(op, "y", rows, matrix.n)) return code;
-  if (!x) return null_pointer(op, "x");
-  if (!y) return null_pointer(op, "y");
   if (!run_linear(*kernels, workers, matrix, static_cast<qc_activation>(activation), rows, x, bias, y, extras)) {
     return fail(kOutOfMemory, "%s: no memory for the activations of k = %" PRId64, op, matrix.k);
   }
@@ -186,18 +195,10 @@ int32_t linear_experts(const qc_context* context, const qc_weight* weight, int64
     return fail(kInvalidArgument, "%s: experts is %" PRId64 ", expected at least 1 and all weights within 2^63 bytes", op,
                 experts);
   }
-  if (activation != QC_ACT_FLOAT && activation != QC_ACT_INT8_TOKEN && activation != QC_ACT_INT8_BLOCK) {
-    return fail(kInvalidArgument,
-                "%s: activation is %" PRId32 ", expected 0 (float), 1 (int8 per token) or 2 (int8 per block)", op,
-                activation);
-  }
+  if (int32_t code = check_activation(op, activation, QC_ACT_INT8_BLOCK)) return code;
   if (int32_t code = check_exactness(op, matrix, activation)) return code;
-  if (rows < 0) return fail(kInvalidArgument, "%s: rows is %" PRId64 ", expected at least 0", op, rows);
+  if (int32_t code = check_operands(op, matrix, rows, x, y)) return code;
   if (rows == 0) return kOk;
-  if (int32_t code = check_matrix(op, "x", rows, matrix.k)) return code;
-  if (int32_t code = check_matrix(op, "y", rows, matrix.n)) return code;
-  if (!x) return null_pointer(op, "x");
-  if (!y) return null_pointer(op, "y");
   if (!expert) return null_pointer(op, "expert");
   for (int64_t i = 0; i < rows; ++i) {
     if (expert[i] < 0 || expert[i] >= experts) {
