@@ -254,7 +254,7 @@ def _samples(
     loaded: Loaded | None, prepared: Prepared, text: Any, recipe: Recipe, reporter: Reporter
 ) -> Callable[[], Iterable[dict[str, Any]]]:
     """Calibration samples as arguments of the graph; the example alone where there is no tokenizer."""
-    from qcompiler.capture.feeds import arguments, feed, takes_tokens
+    from qcompiler.capture.feeds import arguments, steps, takes_tokens
 
     wanted = recipe.calibration
     samples = wanted.samples or 0
@@ -278,7 +278,7 @@ def _samples(
             reporter=reporter,
         )
         for window in windows:
-            yield feed(prepared, torch.as_tensor(window).reshape(1, -1))
+            yield from steps(prepared, torch.as_tensor(window).reshape(1, -1))
 
     return read
 
