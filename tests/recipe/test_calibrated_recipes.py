@@ -41,7 +41,8 @@ def test_static_ranges_end_as_constants():
         name: attribute(graph.module, name).item() for name in graph.module.state_dict() if name.endswith("activation_scale")
     }
     assert {name.removesuffix(".activation_scale") for name in scales} == {site.name for site in graph.sites}
-    assert scales["q.activation_scale"] == context.static_ranges["q"][0] == max(x.abs().max() for x in batches()) / 127
+    assert all(scales[f"{name}.activation_scale"] == scale for name, (scale, _) in context.static_ranges.items())
+    assert scales["q.activation_scale"] <= max(x.abs().max().item() for x in batches()) / 127
     assert relative_error(graph, torch.cat(batches(seed=5))) < 0.05
     assert {"activation_range", "mean_error_before", "weight_sqnr_db"} <= trace.layers()["down"].keys()
 
