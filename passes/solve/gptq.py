@@ -37,7 +37,7 @@ class Gptq(Pass):
     """GPTQ (arXiv 2210.17323) on every selected linear site that has a format and no solution yet, in topological waves.
 
     Attributes:
-        damping, groups, ordering, clipping, importance: see `qcompiler.numerics.gptq.GptqOptions`.
+        damping, passes, groups, ordering, clipping, importance: see `qcompiler.numerics.gptq.GptqOptions`.
         asymmetric: aim at the float model's outputs on the float model's inputs (GPTAQ, arXiv 2504.02692); a second stream
             of activations then runs beside the quantized one.
         select: which sites; by default all but the head, which `head: true` adds.
@@ -49,8 +49,9 @@ class Gptq(Pass):
     required: ClassVar[bool] = True
 
     damping: float = 0.01
-    groups: Literal["live", "static"] = "live"
-    ordering: Literal["none", "activation", "group_aware"] = "group_aware"
+    passes: int = 2
+    groups: Literal["live", "static"] = "static"
+    ordering: Literal["none", "activation", "group_aware"] = "activation"
     clipping: Literal["mse", "minmax"] = "mse"
     importance: Literal["uniform", "activation", "sweep"] = "sweep"
     asymmetric: bool = False

@@ -111,8 +111,9 @@ def test_a_hessian_that_no_damping_saves_falls_back_by_name(monkeypatch: pytest.
 def test_an_order_that_would_scatter_groups_is_refused():
     model = analysed("llama")
     with pytest.raises(InputError, match="q_proj: ordering 'activation' with live groups would scatter"):
-        Gptq(ordering="activation").run(model.graph, context_of(model))
+        Gptq(ordering="activation", groups="live").run(model.graph, context_of(model))
     Gptq(ordering="activation", groups="static", select=Select(role="attn.q")).run(model.graph, context_of(model))
+    Gptq(ordering="group_aware", groups="live", select=Select(role="attn.q")).run(model.graph, context_of(model))
 
 
 def test_an_activation_that_is_no_number_names_layer_and_sample():
