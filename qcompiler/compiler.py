@@ -154,7 +154,7 @@ def plan(
 
     chosen = _recipe(recipe, strict_groups)
     _check_target(target, chosen)
-    _, prepared, quantizer = _prepare(model, _calibrated(chosen, 0, None, None), None, reporter or Silent(), example, dynamic_shapes)
+    loaded, prepared, quantizer = _prepare(model, _calibrated(chosen, 0, None, None), None, reporter or Silent(), example, dynamic_shapes)
     graph: Graph = captured(prepared)
     quantizer.graph, quantizer.context = graph, Context(chosen, quantizer.reporter)
     before, _ = pipeline(chosen)
@@ -166,10 +166,12 @@ def plan(
     _describe_plan(quantizer, bytes_of)
     packed = planned_totals(quantizer, bytes_of)
     result = {"target": target, **layers_file(quantizer, None, packed)}
-    memory = estimate.peak_memory(quantizer, prepared.module, sum(packed.values()))
+    weights = estimate.float_bytes(prepared.module)
+    # What comes from a checkpoint stays in its files.
+    memory = estimate.peak_memory(quantizer, weights if loaded is None else 0, bool(prepared.stored))
     result["totals"] |= {
         "bytes": estimate.file_sizes(quantizer, prepared.module, packed, target),
-        "float_bytes": memory["float_weights"],
+        "float_bytes": weights,
         "peak_bytes": sum(memory.values()),
         "memory": memory,
     }

@@ -2,47 +2,45 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcompiler.pipeline.instruments import peak_rss_bytes
+from qcompiler.pipeline.memory import anonymous_bytes
 
 if TYPE_CHECKING:
     import torch
 
     from qcompiler.quantizer import Quantizer
 
-# Measured on llamas of 1.4 to 123 million weights; tests hold the estimate against a real compile.
-# Float copies of the largest weight that live at once while it is solved and its error is summed in float64.
-SOLVE_COPIES = 8.5
+# Measured on llamas of 1.4 to 500 million weights; tests hold the estimate against a real compile.
+# Of the largest weight's float32 bytes: its codes, and the pieces that they are put together from.
+SOLVE_SHARE = 0.6
 # What torch.onnx, onnxscript and the graphs take once the exporter runs.
-EXPORT_BYTES = 30 * 2**20
+EXPORT_BYTES = 50 * 2**20
 # Bytes of a graph by target: what every one has (function bodies among it), and what a quantized layer adds.
 GRAPH_BYTES = {"onnx": (18_000, 1_050), "onnx-stock": (3_000, 1_000), "torch": (27_000, 26_800)}
 
 
-def peak_memory(quantizer: Quantizer, module: torch.nn.Module, packed: int) -> dict[str, int]:
-    """The most memory that a compile holds at once, by what holds it; the values add up to the peak.
+def peak_memory(quantizer: Quantizer, held: int, widened: bool) -> dict[str, int]:
+    """The most anonymous memory that a compile without calibration holds at once, by what holds it; the values add up.
 
-    To be called when the model is loaded and captured: what the process holds then is measured, the rest is estimated.
+    Weights of a checkpoint, solutions and packed weights lie in files: the system drops and re-reads their pages as it
+    needs, and they do not count. To be called when the model is loaded and captured: what the process holds then is
+    measured, the rest is estimated.
 
     Args:
-        packed: bytes of the packed weights.
+        held: bytes of the weights that are in memory: those of a model that was not read from a checkpoint.
+        widened: whether weights are stored narrower than float32, and read into memory one at a time.
     """
     assert quantizer.graph is not None and quantizer.context is not None
-    weights = _tensor_bytes(module)
     solved = [site for site in quantizer.graph.sites if site.name in quantizer.context.schemes]
-    # A solution keeps a byte a code until everything is written, beside the weights that it is packed into.
-    codes = sum(site.size for site in _once(solved))
-    largest = max((4 * site.size for site in solved), default=0)
+    # A matrix at a time, also of experts.
+    largest = max((4 * site.shape[0] * site.shape[1] for site in solved), default=0)
     return {
-        "process": max(current_rss_bytes() - weights, 0),
-        "float_weights": weights,
+        "process": max(_process_bytes() - held, 0),
+        "float_weights": held,
         "export": EXPORT_BYTES,
-        "codes": codes,
-        # The two do not meet: the packed weights are made when the last layer is solved.
-        "largest_layer_or_packed": max(int(SOLVE_COPIES * largest), packed),
+        "largest_layer": int((SOLVE_SHARE + widened) * largest),
     }
 
 
@@ -51,7 +49,7 @@ def file_sizes(quantizer: Quantizer, module: torch.nn.Module, packed: dict[str, 
     assert quantizer.graph is not None and quantizer.context is not None
     sites = [site for site in quantizer.graph.sites if site.name in quantizer.context.schemes]
     graph, layer = GRAPH_BYTES[target]
-    in_float = _tensor_bytes(module) - sum(4 * site.size for site in _once(sites))
+    in_float = float_bytes(module) - sum(4 * site.size for site in _once(sites))
     sizes = {
         **packed,
         "float": max(in_float, 0),
@@ -62,17 +60,16 @@ def file_sizes(quantizer: Quantizer, module: torch.nn.Module, packed: dict[str, 
     return sizes | {"total": sum(sizes.values())}
 
 
-def current_rss_bytes() -> int:
-    """Memory that this process holds now; its peak where the system does not tell."""
+def _process_bytes() -> int:
+    """Anonymous memory that this process holds now; the peak of all where the system does not tell."""
     try:
-        found = re.search(r"^VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+        return anonymous_bytes()
     except OSError:
-        found = None
-    return 1024 * int(found[1]) if found else peak_rss_bytes()
+        return peak_rss_bytes()
 
 
-def _tensor_bytes(module: torch.nn.Module) -> int:
-    """Parameters, each storage once."""
+def float_bytes(module: torch.nn.Module) -> int:
+    """Bytes of the parameters, each storage once; what stands in for a stored weight counts as float32."""
     sizes = {p.untyped_storage().data_ptr() or id(p): p.numel() * p.element_size() for p in module.parameters()}
     return sum(sizes.values())
 

@@ -15,11 +15,12 @@ from qcompiler.errors import UnsupportedError, UsageError
 from tests.cli.process import ROOT
 from tests.pipeline.compiled import reference
 
-# Plans first, then compiles, in one process; prints the estimate and the most that any pass held.
+# Plans first, then compiles, in one process; prints the estimate and the most that the compile held.
 MEASURE = """
 import json, sys
 from pathlib import Path
 import qcompiler
+from qcompiler.pipeline.memory import PeakAnonymous
 
 def model(name):
     if name == "reference":
@@ -35,10 +36,9 @@ def model(name):
 
 name, output = sys.argv[1:]
 plan = qcompiler.plan(model(name))
-result = qcompiler.compile(model(name), output=output, samples=1, length=32)
-lines = (result.path / "trace/timings.jsonl").read_text().splitlines()
-peak = max(json.loads(line)["peak_rss_bytes"] for line in lines)
-print(json.dumps({"estimate": plan["totals"]["peak_bytes"], "memory": plan["totals"]["memory"], "measured": peak}))
+with PeakAnonymous() as watch:
+    qcompiler.compile(model(name), output=output, samples=1, length=32)
+print(json.dumps({"estimate": plan["totals"]["peak_bytes"], "memory": plan["totals"]["memory"], "measured": watch.peak}))
 """
 
 
