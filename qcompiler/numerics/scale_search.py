@@ -28,7 +28,7 @@ class Reader:
         channels: int64 `[k]`: which s multiplies each column.
         format: of its quantization.
         per_tensor: one scale for the whole matrix.
-        clipping: `mse` or `minmax`, as in `affine.fit`.
+        clipping: `minmax` or `mse`, as in `affine.fit`; or `output`: the error of a column counts E[x²] times.
         share: rows in all for each row held: what its loss counts.
         activation: what its input becomes.
     """
@@ -41,9 +41,15 @@ class Reader:
     share: float = 1.0
     activation: Activation = Activation.FLOAT
 
-    def rounded(self, s: torch.Tensor) -> torch.Tensor:
-        """Q(W · diag(s)), float32 `[m, k]`; `s` float32 `[k]`."""
-        return affine.fit(self.weight * s, self.format, self.clipping, per_tensor=self.per_tensor).dequantize()
+    def rounded(self, s: torch.Tensor, power: torch.Tensor | None = None) -> torch.Tensor:
+        """Q(W · diag(s)), float32 `[m, k]`; `s` float32 `[k]`; `power` E[x²] of the unscaled input, `[k]`."""
+        clipping, importance = self.clipping, None
+        if clipping == "output" and not self.per_tensor:
+            assert power is not None, "rounding for the output needs the inputs' power"
+            importance = power.float() / s.square()
+        clipping = "mse" if clipping == "output" else clipping
+        weight = self.weight * s
+        return affine.fit(weight, self.format, clipping, per_tensor=self.per_tensor, importance=importance).dequantize()
 
 
 def awq_factors(magnitude: torch.Tensor, ratio: float) -> torch.Tensor:
@@ -69,7 +75,8 @@ def expected_error(readers: Sequence[tuple[Reader, torch.Tensor]], s: torch.Tens
     total = 0.0
     for reader, hessian in readers:
         columns = s[reader.channels].float()
-        total += reader.share * layer_loss(reader.weight, reader.rounded(columns) / columns, hessian)
+        rounded = reader.rounded(columns, hessian.diagonal()) / columns
+        total += reader.share * layer_loss(reader.weight, rounded, hessian)
     return total
 
 
