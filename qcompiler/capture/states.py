@@ -18,8 +18,8 @@ from transformers.cache_utils import (
 from transformers.exporters.exporter_dynamo import is_cache_object
 from transformers.exporters.utils import get_leaf_tensors
 
-# Tokens in a chunk of a recurrence: a step of one token costs as much as this many, beside the products.
-CHUNK = 16
+# Tokens in a step of a recurrence that works in chunks: one token costs as much as this many, beside the products.
+STEP = 16
 _GROWING = {
     DynamicSlidingWindowLayer: DynamicLayer,
     LinearAttentionAndSlidingWindowAttentionLayer: LinearAttentionAndFullAttentionLayer,
@@ -73,7 +73,8 @@ def _short_chunks(part: torch.nn.Module) -> Iterator[None]:
     changed = [(module, size) for module in part.modules() if isinstance(size := getattr(module, "chunk_size", None), int)]
     try:
         for module, size in changed:
-            module.chunk_size = min(size, CHUNK)
+            # One more: a chunk that is full is not padded, and traced in another way.
+            module.chunk_size = min(size, STEP + 1)
         yield
     finally:
         for module, size in changed:

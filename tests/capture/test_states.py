@@ -17,7 +17,7 @@ import qcompiler
 from qcompiler import recipe as recipes
 from qcompiler.capture.feeds import feed, steps
 from qcompiler.capture.prepare import prepare
-from qcompiler.capture.states import CHUNK
+from qcompiler.capture.states import STEP
 from qcompiler.errors import UnsupportedError
 from qcompiler.recipe import Allow
 from qcompiler.runtime.session import Session
@@ -43,9 +43,9 @@ MODELS: dict[str, tuple[str, dict, int | None, str]] = {
     "mamba2": (
         "Mamba2ForCausalLM",
         dict(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, state_size=8, num_heads=8, head_dim=16, n_groups=2),
-        CHUNK, "state",
+        STEP, "state",
     ),
-    "falcon_h1": ("FalconH1ForCausalLM", dict(_SIZES, **_MAMBA, mamba_d_ssm=128), CHUNK, "shared"),
+    "falcon_h1": ("FalconH1ForCausalLM", dict(_SIZES, **_MAMBA, mamba_d_ssm=128), STEP, "shared"),
     "jamba": (
         "JambaForCausalLM",
         dict(_SIZES, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, mamba_d_state=8, num_experts=1),
