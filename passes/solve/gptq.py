@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 # Matrices of k × k that the solver holds beside the statistics, and of n × k, in float32.
 SQUARES, WEIGHTS = 3, 5
+ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,8 @@ class _Method:
         hessian, cross = statistics.result()
         weight = quantizable_weight(self.graph, self.context, site)
         result = self._solve_matrix(site, weight, hessian, cross)
-        whole = float(((weight @ hessian) * weight).sum(dtype=torch.float64)) or 1.0
-        numbers: dict[str, Any] = {"weight_sqnr_db": affine.sqnr_db(weight, result.weight.dequantize())}
+        whole = _energy(weight, hessian) or 1.0
+        numbers: dict[str, Any] = {"weight_sqnr_db": affine.weight_sqnr_db(weight, result.weight)}
         numbers |= {"error_after": result.loss_after / whole, "damping": result.damping, "tokens": statistics.tokens}
         if result.loss_before is not None:
             numbers["error_before"] = result.loss_before / whole
@@ -163,7 +164,7 @@ class _Method:
             result = self._solve_matrix(site, weight, hessian, None)
             before += tokens * (result.loss_before or 0.0)
             after += tokens * result.loss_after
-            whole += tokens * float(((weight @ hessian) * weight).sum(dtype=torch.float64))
+            whole += tokens * _energy(weight, hessian)
             damping = max(damping, result.damping)
             if result.fallback:
                 reasons.append(f"expert {expert}: {result.fallback}")
@@ -179,3 +180,8 @@ class _Method:
         numbers = {"weight_sqnr_db": sqnr, "damping": damping, "tokens": min(statistics.tokens), "experts_missed": missed}
         numbers |= {"error_before": before / (whole or 1.0), "error_after": after / (whole or 1.0)}
         return solution, numbers, "; ".join(reasons) or None
+
+
+def _energy(weight: torch.Tensor, hessian: torch.Tensor) -> float:
+    """tr(W H Wᵀ), some rows at a time."""
+    return sum(float(((rows @ hessian) * rows).sum(dtype=torch.float64)) for rows in weight.split(ROWS))
