@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qcompiler.sweep.solutions import Solutions
+
 if TYPE_CHECKING:
     import torch
 
-    from qcompiler.numerics.affine import AffineWeight
     from qcompiler.recipe.schema import Recipe, Scheme
     from qcompiler.sweep.store import SolvedStore
     from qcompiler.report.progress import Reporter
@@ -27,6 +28,7 @@ class Context:
         left_in_float: site name -> why it stays in float.
         solutions: site name -> quantized weight, filled by the solve passes.
         samples: yields keyword arguments of the graph, one calibration sample each; empty when there are none.
+        packed: solutions packed already, by identity: (solution, its tensors as the kernels read them).
         static_ranges: site name -> (scale, zero point) of its input, for sites with static int8 activations.
         outliers: site name -> sorted columns of its input that stay in float beside the quantized product.
         memory: bytes of anonymous memory that calibration may take, or None for no bound.
@@ -39,8 +41,9 @@ class Context:
     reporter: Reporter
     schemes: dict[str, Scheme] = field(default_factory=dict)
     left_in_float: dict[str, str] = field(default_factory=dict)
-    solutions: dict[str, AffineWeight] = field(default_factory=dict)
+    solutions: Solutions = field(default_factory=Solutions)
     samples: Callable[[], Iterable[dict[str, Any]]] = tuple
+    packed: dict[int, tuple[AffineWeight, dict[str, torch.Tensor]]] = field(default_factory=dict)
     static_ranges: dict[str, tuple[float, int]] = field(default_factory=dict)
     outliers: dict[str, torch.Tensor] = field(default_factory=dict)
     memory: int | None = None
