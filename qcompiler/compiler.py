@@ -154,7 +154,8 @@ def plan(
 
     chosen = _recipe(recipe, strict_groups)
     _check_target(target, chosen)
-    loaded, prepared, quantizer = _prepare(model, _calibrated(chosen, 0, None, None), None, reporter or Silent(), example, dynamic_shapes)
+    calibrated = _calibrated(chosen, 0, None, None)
+    loaded, prepared, quantizer = _prepare(model, calibrated, None, reporter or Silent(), example, dynamic_shapes)
     graph: Graph = captured(prepared)
     quantizer.graph, quantizer.context = graph, Context(chosen, quantizer.reporter)
     before, _ = pipeline(chosen)

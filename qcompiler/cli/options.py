@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import re
 import importlib
+import re
 from types import ModuleType
 from typing import TYPE_CHECKING
 

@@ -12,9 +12,10 @@ from qcompiler.sweep.solutions import Solutions
 if TYPE_CHECKING:
     import torch
 
+    from qcompiler.numerics.affine import AffineWeight
     from qcompiler.recipe.schema import Recipe, Scheme
-    from qcompiler.sweep.store import SolvedStore
     from qcompiler.report.progress import Reporter
+    from qcompiler.sweep.store import SolvedStore
 
 
 @dataclass

@@ -97,5 +97,7 @@ class Trace:
                 writer.write_text(entry.record["graph"], entry.text)
                 written.add(entry.record["graph"])
         writer.write_lines("trace/passes.jsonl", [entry.record for entry in self.entries])
-        timings = [entry.timing if self.timings else {"index": entry.timing["index"], "name": entry.timing["name"]} for entry in self.entries]
+        timings = [entry.timing for entry in self.entries]
+        if not self.timings:
+            timings = [{key: timing[key] for key in ("index", "name")} for timing in timings]
         writer.write_lines("trace/timings.jsonl", timings)

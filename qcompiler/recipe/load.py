@@ -14,7 +14,8 @@ from qcompiler.errors import InputError, UsageError
 from qcompiler.recipe.errors import unknown_key
 from qcompiler.recipe.schema import Allow, Calibration, Override, Recipe, Scheme, Select
 
-_FIELDS = {cls.__name__: [f.name for f in dataclasses.fields(cls)] for cls in (Recipe, Scheme, Select, Override, Calibration, Allow)}
+_CLASSES = (Recipe, Scheme, Select, Override, Calibration, Allow)
+_FIELDS = {cls.__name__: [f.name for f in dataclasses.fields(cls)] for cls in _CLASSES}
 
 
 def builtin_names() -> list[str]:

@@ -21,7 +21,8 @@ LISTED = ["last", "odd", "large", "unread", "small", "larger", "middle"]
 
 def constant(name: str, count: int) -> ir.Value:
     array = np.random.default_rng(count).standard_normal(count).astype(np.float32)
-    return ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape([count]), type=ir.TensorType(ir.DataType.FLOAT))
+    value = ir.tensor(array, name=name)
+    return ir.Value(name=name, const_value=value, shape=ir.Shape([count]), type=ir.TensorType(ir.DataType.FLOAT))
 
 
 def adding() -> ir.Model:
@@ -107,9 +108,10 @@ def test_equal_models_give_equal_bytes(tmp_path: Path) -> None:
 
 def test_tensors_of_subgraphs_are_written_too(tmp_path: Path) -> None:
     value = constant("inner", 500)
-    summed = ir.node("ReduceSum", [value], attributes={"keepdims": 0}, outputs=[ir.Value(name="s", type=ir.TensorType(ir.DataType.FLOAT))])
+    float32 = ir.TensorType(ir.DataType.FLOAT)
+    summed = ir.node("ReduceSum", [value], attributes={"keepdims": 0}, outputs=[ir.Value(name="s", type=float32)])
     branch = ir.Graph([], [summed.outputs[0]], nodes=[summed], initializers=[value], name="then")
-    zero = ir.node("Constant", [], attributes={"value_float": 0.0}, outputs=[ir.Value(name="z", type=ir.TensorType(ir.DataType.FLOAT))])
+    zero = ir.node("Constant", [], attributes={"value_float": 0.0}, outputs=[ir.Value(name="z", type=float32)])
     other = ir.Graph([], [zero.outputs[0]], nodes=[zero], name="else")
     choose = ir.Value(name="choose", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.BOOL))
     chosen = ir.node("If", [choose], attributes={"then_branch": branch, "else_branch": other})
@@ -149,7 +151,9 @@ def test_a_tensor_elsewhere_is_named(tmp_path: Path) -> None:
     model = ir.load(tmp_path / "model.onnx")
     value = model.graph.initializers["odd"]
     there = value.const_value
-    value.const_value = ir.ExternalTensor(DATA, there.offset + 64, there.length, there.dtype, shape=there.shape, name="odd", base_dir=tmp_path)
+    value.const_value = ir.ExternalTensor(
+        DATA, there.offset + 64, there.length, there.dtype, shape=there.shape, name="odd", base_dir=tmp_path
+    )
     ir.save(model, tmp_path / "model.onnx")
     with pytest.raises(GateError, match=f"tensor 'odd' lies at {there.offset + 64}"):
         check_saved(tmp_path / "model.onnx", result)

@@ -34,7 +34,8 @@ def lookups() -> ir.Model:
         value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
         # a tensor of a few hundred bytes in between, so that the alignment has something to do
         odd = np.full(WIDTH, index, np.float32)
-        offset = ir.Value(name=f"offset.{index}", const_value=ir.tensor(odd), shape=ir.Shape([WIDTH]), type=ir.TensorType(tensor.dtype))
+        float32 = ir.TensorType(tensor.dtype)
+        offset = ir.Value(name=f"offset.{index}", const_value=ir.tensor(odd), shape=ir.Shape([WIDTH]), type=float32)
         rows = ir.node("Gather", [value, ids])
         added = ir.node("Add", [rows.outputs[0], offset])
         added.outputs[0].name, added.outputs[0].type = f"rows.{index}", ir.TensorType(ir.DataType.FLOAT)

@@ -15,7 +15,8 @@ LAYERS = 40
 def model() -> ir.Model:
     lines = ["h0 = Identity(x)"]
     for i in range(LAYERS):
-        lines += [f"s{i} = Add(h{i}, one)", f"n{i} = Neg(h{i})", f"d{i} = Sub(h{i}, one)", f"m{i} = Mul(s{i}, d{i})", f"h{i + 1} = Add(m{i}, n{i})"]
+        lines += [f"s{i} = Add(h{i}, one)", f"n{i} = Neg(h{i})", f"d{i} = Sub(h{i}, one)"]
+        lines += [f"m{i} = Mul(s{i}, d{i})", f"h{i + 1} = Add(m{i}, n{i})"]
     body = "\n".join(lines)
     return ir.from_onnx_text(f"""<ir_version: 10, opset_import: ["" : 20]>
         g (float[4] x) => (float[4] h{LAYERS}) <float one = {{1}}> {{ {body} }}""")

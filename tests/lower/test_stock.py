@@ -213,7 +213,8 @@ def test_every_byte_of_a_small_model_is_accounted_for(tmp_path: Path, target: st
     layers = assert_every_byte_is_accounted_for(result.path)
     bits = {r["bits_per_weight"] for r in layers["layers"] if r["format"] == "int4-g32-sym"}
     ops = json.loads((result.path / "trace" / "lowering.json").read_text())["ops"]
-    assert any(DOMAIN in op for op in ops) == (target == "onnx") and any("MatMulNBits" in op for op in ops) == (target == "onnx-stock")
+    assert any(DOMAIN in op for op in ops) == (target == "onnx")
+    assert any("MatMulNBits" in op for op in ops) == (target == "onnx-stock")
     # float32 scales instead of float16
     assert bits <= ({5.0} if target == "onnx-stock" else {4.5})
 

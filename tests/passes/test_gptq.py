@@ -100,7 +100,8 @@ def test_a_hessian_that_no_damping_saves_falls_back_by_name(monkeypatch: pytest.
 
     model = analysed("llama")
     context = context_of(model)
-    monkeypatch.setattr(solver, "factorise", lambda *_: NotFactored(damping=1.0, attempts=4, reason="no damping up to 1 gives a factor"))
+    refused = NotFactored(damping=1.0, attempts=4, reason="no damping up to 1 gives a factor")
+    monkeypatch.setattr(solver, "factorise", lambda *_: refused)
     report = Gptq().run(model.graph, context)
     assert len(report.fallbacks) == len(linear_sites(model))
     assert report.fallbacks[0].node == "model.layers.0.self_attn.q_proj"

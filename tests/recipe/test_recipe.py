@@ -66,8 +66,12 @@ MISTAKES = {
     "name: x\nlinear: {bits: 5}": r"linear\.bits: Input should be 8, 4, 3 or 2; found 5",
     "linear: {bits: 4}": "name: required key is missing",
     "name: x\nlinear: {bits: 4}\npasses: [round_to_nearst]": r"unknown pass 'round_to_nearst'; did you mean 'round_to_nearest'\?",
-    "name: x\nlinear: {bits: 4}\npasses: [{round_to_nearest: {cliping: mse}}]": r"unknown option 'cliping'; did you mean 'clipping'\?",
-    "name: x\nlinear: {bits: 4}\npasses: [{round_to_nearest: {clipping: best}}]": "clipping: Input should be 'mse' or 'minmax'; found 'best'",
+    "name: x\nlinear: {bits: 4}\npasses: [{round_to_nearest: {cliping: mse}}]": (
+        r"unknown option 'cliping'; did you mean 'clipping'\?"
+    ),
+    "name: x\nlinear: {bits: 4}\npasses: [{round_to_nearest: {clipping: best}}]": (
+        "clipping: Input should be 'mse' or 'minmax'; found 'best'"
+    ),
     "name: x\nlinear: {bits: 4}\noverrides: [{select: {rule: a}, scheme: float}]": r"unknown key 'rule'; did you mean 'role'\?",
     "[1, 2]": "expected a mapping, found list",
 }

@@ -14,7 +14,9 @@ from qcompiler.capture.checkpoint import load
 from qcompiler.report import tables
 from tools.bench import artifacts, decode, limit, models
 
-SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+SMALL = dict(
+    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+)
 
 
 def test_the_random_model_is_a_checkpoint_and_the_same_every_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,7 +25,8 @@ def test_the_random_model_is_a_checkpoint_and_the_same_every_time(tmp_path: Path
     assert source == tmp_path / "models" / models.RANDOM
     written = (source / "model.safetensors").read_bytes()
     loaded = load(source)
-    assert loaded.notes == [] and sum(p.numel() for p in loaded.model.parameters()) == 64 * 32 + 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 3 * 32
+    parameters = 64 * 32 + 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 3 * 32  # embedding, attention, MLP, norms
+    assert loaded.notes == [] and sum(p.numel() for p in loaded.model.parameters()) == parameters
     models.random_model(tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == written
     before = (source / "config.json").stat().st_mtime_ns

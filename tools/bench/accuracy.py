@@ -208,9 +208,8 @@ def table(results: dict[str, Measured], judged: list[dict[str, Any]]) -> str:
     lines = ["| variant | bits per weight | perplexity ratio | KL, nats | same top |", "|---|---|---|---|---|"]
     for name, found in results.items():
         spread = f" ± {np.std([row.mean() for row in found.klds], ddof=1):.5f}" if len(found.klds) > 1 else ""
-        lines.append(
-            f"| {name} | {found.bits:.3f} | {np.mean(found.ratios):.4f} | {found.kld:.5f}{spread} | {np.mean(found.same_top):.4f} |"
-        )
+        ratio, same_top = np.mean(found.ratios), np.mean(found.same_top)
+        lines.append(f"| {name} | {found.bits:.3f} | {ratio:.4f} | {found.kld:.5f}{spread} | {same_top:.4f} |")
     lines += ["", "| better | base | KL ratio | asked | paired gain | holds |", "|---|---|---|---|---|---|"]
     for row in judged:
         gain = f"{row['gain']:+.5f} ± {row['standard_error']:.5f}"
@@ -224,7 +223,8 @@ def main() -> int:
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
     parser.add_argument("--model", default="reference", help="checkpoint directory (default: reference)")
     parser.add_argument("--seeds", type=int, default=3, help="draws of calibration windows (default: 3)")
-    parser.add_argument("--samples", type=int, default=SAMPLES, help=f"calibration windows of {LENGTH} tokens (default: {SAMPLES})")
+    samples = f"calibration windows of {LENGTH} tokens (default: {SAMPLES})"
+    parser.add_argument("--samples", type=int, default=SAMPLES, help=samples)
     parser.add_argument("--windows", type=int, help="evaluation windows (default: the whole text)")
     parser.add_argument("--only", metavar="WORD", help="variants whose name holds this word")
     parser.add_argument("--threads", type=int)

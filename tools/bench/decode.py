@@ -191,7 +191,8 @@ def _document(cases: list[dict[str, Any]], chosen: argparse.Namespace) -> Docume
     versions = machine["versions"]
     lines = [
         f"{machine['cpu']}, {machine['processors']} processors (load {machine['load']:.1f}), kernels {machine['isa']}, "
-        f"{chosen.threads} threads, onnxruntime {versions['onnxruntime']}, commit {data['commit'][:10]}{'+' if data['changed'] else ''}",
+        f"{chosen.threads} threads, onnxruntime {versions['onnxruntime']}, commit {data['commit'][:10]}"
+        f"{'+' if data['changed'] else ''}",
         f"medians of {chosen.repeats} interleaved rounds, quartiles in brackets; {chosen.tokens} tokens decoded a round",
         f"limit: {limit.DESCRIPTION}",
         "ratio: ours over onnx-stock in the same round, above 1 we are faster; small models fit into the caches",
@@ -222,8 +223,8 @@ def _table(case: dict[str, Any]) -> Table:
     columns = (Column(f"{case['model']} {case['recipe']}"), Column("unit"), Column("qcompiler", right=True),
                Column("onnx-stock", right=True), Column("ratio", right=True))  # fmt: skip
     verdict = "ours is faster" if ratios["decode"]["median"] >= 1 else "THE PEER IS FASTER"
-    title = f"{case['model']}, {case['parameters']:,} parameters, {case['recipe']}: decode ratio {ratios['decode']['median']:.2f}, {verdict}"
-    return Table(title, columns, rows)
+    title = f"{case['model']}, {case['parameters']:,} parameters, {case['recipe']}"
+    return Table(f"{title}: decode ratio {ratios['decode']['median']:.2f}, {verdict}", columns, rows)
 
 
 def _written(spread: dict[str, Any], digits: int, factor: float = 1) -> str:
