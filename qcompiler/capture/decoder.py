@@ -95,7 +95,7 @@ def _prompt(model: PreTrainedModel) -> torch.Tensor:
     """Tokens without a meaning of their own: models count positions past padding in other ways."""
     config = model.config.get_text_config()
     special = [getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")]
-    tokens = [token for token in range(min(config.vocab_size, 64)) if token not in special] or [0]
+    tokens = [token for token in range(min(getattr(config, "vocab_size", 64), 64)) if token not in special] or [0]
     return torch.tensor([tokens[at % len(tokens)] for at in range(_PROMPT_LENGTH)])[None]
 
 

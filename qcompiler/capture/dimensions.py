@@ -12,19 +12,25 @@ from transformers.exporters.utils import get_leaf_tensors
 
 from qcompiler.capture.ports import Port, input_port, output_port
 from qcompiler.capture.prepared import Prepared
+from qcompiler.errors import UnsupportedError
 
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 _TOTAL = {"past_length + length", "length + past_length"}
 
 
 def name_dimensions(model: onnx_ir.Model, axes: dict[str, dict[int, str]]) -> None:
-    """Rename the tracer's symbols everywhere in `model`:   s70, s36 + s70  ─▶  length, total_length"""
+    """Rename the tracer's symbols everywhere in `model`:   s70, s36 + s70  ─▶  length, total_length
+
+    Raises `UnsupportedError` where the tracer fixed an axis that varies.
+    """
     names: dict[str, str] = {}
     for value in model.graph.inputs:
         if value.shape is None:
             continue
         wanted = axes.get(str(value.name).removeprefix("input."), {})
         for axis, dimension in enumerate(value.shape):
+            if axis in wanted and isinstance(dimension, int):
+                raise _fixed(str(value.name), wanted[axis], dimension)
             if isinstance(dimension, onnx_ir.SymbolicDim) and dimension.value is not None and axis in wanted:
                 names.setdefault(dimension.value, wanted[axis])
     for graph in model.graphs():
@@ -38,6 +44,13 @@ def name_dimensions(model: onnx_ir.Model, axes: dict[str, dict[int, str]]) -> No
                 else dimension
                 for dimension in value.shape
             )
+
+
+def _fixed(path: str, name: str, size: int) -> UnsupportedError:
+    return UnsupportedError(
+        f"the model's own code holds the {name} of {path} at {size}, the size that it was traced with; expected one that "
+        "works with any: give example inputs and dynamic_shapes to compile it for this size"
+    )
 
 
 def _renamed(expression: str, names: dict[str, str]) -> str:
@@ -85,7 +98,10 @@ def program_ports(program: torch.export.ExportedProgram, prepared: Prepared) -> 
     names: dict[str, str] = {}
     for path, placeholder in inputs.items():
         for axis, name in prepared.axes.get(path, {}).items():
-            names.setdefault(str(nodes[placeholder].shape[axis]), name)
+            size = str(nodes[placeholder].shape[axis])
+            if size.isdigit():
+                raise _fixed(path, name, int(size))
+            names.setdefault(size, name)
 
     def shape(value: torch.Tensor) -> tuple[int | str, ...]:
         return tuple(size if isinstance(size, int) else _renamed(str(size), names) for size in value.shape)

@@ -15,7 +15,8 @@ _BATCH, _LENGTH = 2, 11
 def prepare_encoder(model: PreTrainedModel) -> Prepared:
     """One graph for any batch and any sequence length; padding is masked."""
     accepted = inspect.signature(model.forward).parameters
-    vocabulary = model.config.get_text_config().vocab_size
+    # Models of characters hash them and have no vocabulary.
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or _BATCH * _LENGTH
     # Different tokens everywhere, so that no two rows look alike to the tracer; the last tokens of one row are padding.
     ids = torch.arange(_BATCH * _LENGTH).reshape(_BATCH, _LENGTH).remainder(vocabulary)
     inputs = {"input_ids": ids}

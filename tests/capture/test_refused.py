@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from qcompiler.capture.capture import captured
+from qcompiler.capture.dimensions import program_ports
 from qcompiler.capture.prepare import prepare
 from qcompiler.errors import UnsupportedError
 
@@ -54,3 +55,14 @@ def test_the_encoder_of_an_encoder_decoder_is_an_encoder(name: str) -> None:
     with torch.no_grad():
         expected, found = encoder(**feed), captured(prepared).module(**feed)
     torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state)
+
+
+def test_an_encoder_that_fixes_its_length_is_refused_and_named() -> None:
+    config = transformers.FunnelConfig(
+        vocab_size=64, block_sizes=[1, 1], num_decoder_layers=1, d_model=32, n_head=2, d_head=16, d_inner=32
+    )
+    prepared = prepare(transformers.FunnelModel(config))
+    with pytest.raises(UnsupportedError, match="holds the length of .* at 11"):
+        prepared.export_onnx()
+    with pytest.raises(UnsupportedError, match="holds the length of .* at 11"):
+        program_ports(prepared.export_torch(), prepared)
