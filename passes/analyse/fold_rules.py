@@ -244,6 +244,32 @@ def _filled(trace: Trace, node: Node, passed: frozenset[str]) -> Result:
     return _need(trace, node, args(node)[0]).expand(trace.sizes.shape(node)), NOTHING
 
 
+def _selected(trace: Trace, node: Node, passed: frozenset[str]) -> Result:
+    condition, *sides = args(node)[:3]
+    if trace.labels(condition) is not None:
+        raise Blocked(f"{_name(node)} chooses by the value")
+    shape = trace.sizes.shape(node)
+    labels = [trace.labels(side) for side in sides]
+    known = [found.expand(shape) for found in labels if found is not None]
+    if len(known) == 2:
+        return _agreeing(trace, node, known[0], known[1])
+    if any(found is None and not _is_zero(trace, side) for found, side in zip(labels, sides, strict=True)):
+        raise Blocked(f"{_name(node)} puts a value in place that does not carry the scale")
+    return known[0], NOTHING
+
+
+def _is_zero(trace: Trace, value: object) -> bool:
+    """Whether a value is 0 throughout, and so carries any scale."""
+    if not isinstance(value, Node):
+        return value == 0
+    if value.op == "get_attr":
+        stored = trace.graph.stored(str(value.target))
+        return stored.numel() == 1 and not bool(stored.any())
+    if value.target is aten.full.default:
+        return args(value)[1] == 0
+    return value.target in (aten.zeros.default, aten.zeros_like.default)
+
+
 _RULES: dict[Any, Callable[[Trace, Node, frozenset[str]], Result]] = {
     **dict.fromkeys(MOVES, _moves),
     **dict.fromkeys(CASTS | _SAME, _same),
@@ -257,4 +283,5 @@ _RULES: dict[Any, Callable[[Trace, Node, frozenset[str]], Result]] = {
     aten.cat.default: _concatenated,
     aten.index.Tensor: _indexed,
     aten.masked_fill.Scalar: _filled,
+    **dict.fromkeys((aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf), _selected),
 }

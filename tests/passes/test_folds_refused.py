@@ -220,6 +220,17 @@ def test_filling_in_a_number_stops_and_zero_does_not() -> None:
     assert len(found(lambda m, x: join(m, x, 0.0), a=(D, D), b=(D, D))[0]) == 1
 
 
+def test_choosing_a_number_stops_and_choosing_zero_does_not() -> None:
+    def join(m, x, other):
+        return m.b(torch.where(x > 0, m.a(x), other(x)))
+
+    widths = dict(a=(D, D), b=(D, D))
+    assert "does not carry the scale" in reason(lambda m, x: join(m, x, torch.ones_like), "b", **widths)
+    for zero in (torch.zeros_like, lambda x: torch.zeros([])):
+        folds, _ = found(lambda m, x, zero=zero: join(m, x, zero), **widths)
+        assert [fold.sites for fold in folds] == [["b"]]
+
+
 def test_writing_in_place_stops() -> None:
     def join(m, x):
         y = m.a(x)
