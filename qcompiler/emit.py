@@ -63,8 +63,13 @@ def _onnx(
             "outputs": [_port(p) for p in outputs],
             "cache": _with_step(_cache(lowered, inputs, outputs), prepared),
             "unfused": lowered.unfused,
+            **_limits(prepared),
         },
     }
+
+
+def _limits(prepared: Prepared) -> dict[str, Any]:
+    return {} if prepared.longest is None else {"extra": {"longest": prepared.longest}}
 
 
 def _with_step(cache: dict[str, Any] | None, prepared: Prepared) -> dict[str, Any] | None:
@@ -142,6 +147,7 @@ def _torch(
             "outputs": [_port(p) | {"name": _output_name(p)} for p in outputs],
             "cache": _with_step(_torch_cache(inputs), prepared),
             "unfused": [],
+            **_limits(prepared),
         },
     }
 

@@ -115,6 +115,7 @@ class Artifact:
         cache: None for a model without one.
         bos, eos, pad: token ids; `eos` has every id that ends a text, and may be empty.
         context: the longest sequence that the model was made for, None where that is not known.
+        longest: the longest text that the graph of an encoder computes rightly, None for any.
         manifest: the whole manifest, as read.
     """
 
@@ -129,6 +130,7 @@ class Artifact:
     eos: tuple[int, ...]
     pad: int | None
     context: int | None
+    longest: int | None
     layout_version: int
     files: Mapping[str, FileInfo]
     manifest: Mapping[str, Any] = field(repr=False)
@@ -282,6 +284,7 @@ class _Reader:
             eos=tuple(self.number(token, "tokens.eos") for token in eos),
             pad=self.optional(tokens.get("pad"), "tokens.pad"),
             context=self.optional(manifest.get("context"), "context"),
+            longest=self.optional(manifest.get("longest"), "longest"),
             layout_version=self.number(manifest.get("layout_version", 1), "layout_version"),
             files=files,
             manifest=manifest,

@@ -174,6 +174,12 @@ class Session:
                 given[name] = np.full(tokens.shape, int(info.role == "mask"), info.dtype)
         for name, array in given.items():
             _check_shape(name, array, infos[name].shape)
+        limit = self.artifact.longest
+        if limit is not None and tokens is not None and tokens.shape[-1] > limit:
+            raise CapacityError(
+                f"{tokens.shape[-1]} tokens are more than the {limit} that {self.artifact.path} was compiled for: the "
+                "model computes longer texts in another way"
+            )
         if self._program is not None:
             return {name: value.numpy() for name, value in self._program.run(given).items()}
         assert self.onnx is not None

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.exporters.exporter_dynamo import is_cache_object, register_cache_pytrees_for_model
 from transformers.exporters.utils import decompose_for_generation, get_leaf_tensors
 
-from qcompiler.capture.dimensions import longest
+from qcompiler.capture.dimensions import ANY_STEP, longest
 from qcompiler.capture.export import last_message
 from qcompiler.capture.feeds import cache_name, feed
 from qcompiler.capture.prepared import Prepared
@@ -25,8 +25,6 @@ from qcompiler.errors import UnsupportedError
 # Shorter than any sliding window, so that every layer's cache has the same length and the tracer sees one symbol; and
 # unlike the number of new tokens (2), so that it does not take both for the same one.
 _PROMPT_LENGTH = 5
-# A graph that takes so many tokens at once takes as many as any session gives it.
-_ANY = 256
 # Relative to the largest logit: two orders of adding the same numbers, not two functions.
 _SAME = 1e-3
 
@@ -148,12 +146,12 @@ def _longest_step(prepared: Prepared) -> tuple[int | None, str | None]:
     if any(parameter.is_meta for parameter in prepared.module.parameters()):
         return 1, "without weights it cannot be seen whether states are carried over several"
     try:
-        step = longest(prepared.export_torch(), prepared, _ANY)
+        step = longest(prepared.export_torch().module(), prepared, ANY_STEP)
     except UnsupportedError as error:
         return 1, str(error)
     if step <= 2:
         return 1, "a loop over the tokens is unrolled when it is traced"
-    return (None if step == _ANY else step), None
+    return (None if step == ANY_STEP else step), None
 
 
 _CACHES = ("past_key_values.", "cache_params.", "state.", "mems.")

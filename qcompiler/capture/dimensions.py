@@ -14,6 +14,8 @@ from qcompiler.capture.ports import Port, input_port, output_port
 from qcompiler.capture.prepared import Prepared
 from qcompiler.errors import UnsupportedError
 
+# A graph that takes so many tokens at once takes as many as any session gives it; or is right for any text.
+ANY_STEP, _ANY_TEXT = 256, 1 << 17
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 _TOTAL = {"past_length + length", "length + past_length"}
 
@@ -58,13 +60,38 @@ def _renamed(expression: str, names: dict[str, str]) -> str:
     return "total_length" if text in _TOTAL else text
 
 
-def longest(program: torch.export.ExportedProgram, prepared: Prepared, limit: int) -> int:
-    """The largest `length` from 2 up to `limit` at which a traced program is right, as it is at every smaller one.
+def limit_lengths(module: torch.nn.Module, prepared: Prepared) -> None:
+    """Note in `prepared` how many tokens a traced module with its guards is right for, where that is not any number.
+
+    Raises `UnsupportedError` where the tracer fixed it.
+    """
+    if prepared.kind == "module" or prepared.step is not None:
+        return
+    limit = ANY_STEP if prepared.kind == "decoder" else _ANY_TEXT
+    found = longest(module, prepared, limit)
+    if found <= 2:
+        raise _fixed("input_ids", "length", prepared.inputs["input_ids"].shape[1])
+    if found < limit and prepared.kind == "decoder":
+        prepared.step = found
+    elif found < (_positions(prepared.module) or limit):
+        prepared.longest = found
+
+
+def _positions(module: torch.nn.Module) -> int | None:
+    """How many positions a model has, beyond which it has nothing to compute with."""
+    config = getattr(module, "config", None)
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
+def longest(module: torch.nn.Module, prepared: Prepared, limit: int) -> int:
+    """The largest `length` from 2 up to `limit` at which a traced module is right, as it is at every smaller one.
 
     A tracer follows the model's own code for the lengths that it sees and leaves a guard wherever that code asked
     something of them, such as how many chunks there are; an ONNX graph has no guards.
     """
-    guards = program.module()._guards_fn
+    guards = getattr(module, "_guards_fn", None)
+    if guards is None:
+        return limit
     tensors = get_leaf_tensors(prepared.inputs)
 
     def holds(length: int) -> bool:

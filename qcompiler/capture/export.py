@@ -14,11 +14,10 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.exporters.quantizers.base import ExportQuantizer
 
-from qcompiler.capture.dimensions import name_dimensions
+from qcompiler.capture.dimensions import limit_lengths, name_dimensions
 from qcompiler.capture.experts import experts_by_row
 from qcompiler.capture.prepared import Prepared
 from qcompiler.capture.quiet import Quiet
-from qcompiler.capture.stored import StoredWeights
 from qcompiler.errors import QCompilerError, UnsupportedError
 
 
@@ -50,15 +49,16 @@ class _Loud(ExportQuantizer):
     quantizes_fx_graph = True
     supported_formats = (ExportFormat.ONNX, ExportFormat.DYNAMO)
 
-    def __init__(self, inner: ExportQuantizer | None, quiet: Quiet, stored: StoredWeights) -> None:
+    def __init__(self, inner: ExportQuantizer | None, quiet: Quiet, prepared: Prepared) -> None:
         super().__init__()
         self.inner = inner
         self.quiet = quiet
-        self.stored = stored
+        self.prepared, self.stored = prepared, prepared.stored
         self.failure: BaseException | None = None
 
     def quantize(self, model: Any, sample_inputs: dict[str, Any], export_format: ExportFormat) -> Any:
         try:
+            limit_lengths(model, self.prepared)
             self.stored.put_back(model, widen=self.inner is None)
             if self.inner is None:
                 return model
@@ -72,7 +72,7 @@ class _Loud(ExportQuantizer):
 @contextlib.contextmanager
 def _exporting(prepared: Prepared, quantizer: ExportQuantizer | None, target: str) -> Iterator[_Loud | None]:
     with Quiet() as quiet, experts_by_row(prepared.module):
-        ours = _Loud(quantizer, quiet, prepared.stored) if quantizer is not None or prepared.stored else None
+        ours = _Loud(quantizer, quiet, prepared) if quantizer is not None or prepared.stored else None
         try:
             yield ours
         except QCompilerError:

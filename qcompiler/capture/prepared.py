@@ -30,6 +30,7 @@ class Prepared:
         switches: arguments that choose what the model returns and are no inputs of the graph, such as `use_cache`.
         notes: what had to be decided on the way, one sentence each.
         step: the most tokens that the graph takes at once; None for any number.
+        longest: the longest text that the graph of an encoder is right for, found when it is exported; None for any.
         stored: weights that `module` has stand-ins for; they are put back into what is captured.
     """
 
@@ -42,6 +43,7 @@ class Prepared:
     switches: dict[str, bool] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     step: int | None = None
+    longest: int | None = None
     stored: StoredWeights = field(default_factory=StoredWeights)
 
     def example(self) -> dict[str, Any]:
