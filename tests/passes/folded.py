@@ -13,6 +13,7 @@ from torch.utils import _pytree
 from torch.utils._pytree import tree_map
 
 from qcompiler.capture.capture import capture
+from qcompiler.graph.constants import attribute
 from qcompiler.graph.graph import Graph
 from qcompiler.passes.analyse.folds import Fold, Refusal, apply_fold, find_folds
 from tests.captures import ANALYSE, NORMALISE, Stepper, analysed, run
@@ -30,6 +31,9 @@ def in_double(graph: Graph) -> Graph:
         value = node.meta.get("val")
         if node.op == "get_attr" and isinstance(value, torch.Tensor) and value.dtype is torch.float32:
             node.meta["val"] = value.double()
+            if attribute(module, str(node.target)).dtype is torch.float32:  # neither parameter nor buffer: `double` left it
+                owner, _, leaf = str(node.target).rpartition(".")
+                setattr(module.get_submodule(owner), leaf, attribute(module, str(node.target)).double())
     module.recompile()
     double = Graph(module, graph.kind, graph.example)
     run(double, ANALYSE)
