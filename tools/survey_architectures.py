@@ -41,6 +41,8 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="skip the types that the output file has already")
     parser.add_argument("--markdown", action="store_true", help="print the table of an existing output file, run nothing")
     options = parser.parse_args()
+    from survey_table import markdown
+
     if options.markdown:
         print(markdown(json.loads(options.output.read_text())["types"]))
         return 0
@@ -228,11 +230,15 @@ def _capture(model: Any, form: str) -> Any:
         with torch.no_grad():
             expected = _reference(model, tokens)
         step = Stepper(graph.module, prepared)
+        # Where scores are equal, a model may pick others step by step than it does in a whole text: then its own count.
+        own = Stepper(lambda **given: prepared.module(**given, **prepared.switches), prepared)
         for new in _pieces(prepared):
             start = step.past
-            error = relative_error(step(tokens[:, start : start + new]), expected[:, start : start + new])
-            if not error <= PARITY:
-                raise AssertionError(f"{new} tokens after {start}: differs from the model by {error:.2g}")
+            piece = tokens[:, start : start + new]
+            found, alternative = step(piece), own(piece)
+            errors = [relative_error(found, other) for other in (expected[:, start : start + new], alternative)]
+            if not min(errors) <= PARITY:
+                raise AssertionError(f"{new} tokens after {start}: differs from the model by {min(errors):.2g}")
         return Analysed(model, prepared, graph, reports, {})
     for batch, length in ((1, 5), (3, 17)):
         feed = {"input_ids": torch.randint(3, _vocabulary(model), (batch, length), generator=generator)}
@@ -325,51 +331,6 @@ def _leaves(output: Any) -> dict[str, Any]:
     from transformers.exporters.utils import get_leaf_tensors
 
     return get_leaf_tensors(output)
-
-
-# ---- the table
-
-
-def markdown(results: dict[str, dict]) -> str:
-    """Counts, what works by name, and a row for every type that does not."""
-    groups: dict[str, dict[str, dict]] = {}
-    for name, result in sorted(results.items()):
-        groups.setdefault(_outcome(result), {})[name] = result
-    counts = [f"| {outcome} | {len(groups[outcome])} |" for outcome in OUTCOMES if outcome in groups]
-    lines = ["| outcome | types |", "|---|---|", *counts, f"| surveyed | {len(results)} |"]
-    for outcome in OUTCOMES[:2]:
-        names = [name + _limited(result) for name, result in groups.get(outcome, {}).items()]
-        lines += ["", f"**{outcome.capitalize()}:** {', '.join(names)}."] if names else []
-    for outcome in OUTCOMES[2:]:
-        if outcome in groups:
-            lines += ["", f"## {outcome.capitalize()}", "", "| type | class | reason |", "|---|---|---|"]
-            lines += [f"| {name} | {r['class']} | {_cell(r.get('reason', ''))} |" for name, r in groups[outcome].items()]
-    return "\n".join(lines)
-
-
-OUTCOMES = (
-    "compiled and equal", "captured and equal", "captured, not compiled", "refused, traced by the exporter",
-    "refused, not traced by the exporter either", "no small configuration",
-)  # fmt: skip
-
-
-def _limited(result: dict) -> str:
-    step = result.get("step", "any number")
-    return "" if step == "any number" or result["form"] != "decoder" else f" ({step} a step)"
-
-
-def _cell(reason: str) -> str:
-    return reason.replace("|", "/")[:220]
-
-
-def _outcome(result: dict) -> str:
-    if not result.get("built"):
-        return OUTCOMES[5]
-    if result.get("compiled"):
-        return OUTCOMES[0]
-    if result.get("captured"):
-        return OUTCOMES[1] if result.get("compiled") is None else OUTCOMES[2]
-    return OUTCOMES[3] if result.get("exporter") else OUTCOMES[4]
 
 
 if __name__ == "__main__":
