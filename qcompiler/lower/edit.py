@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import numpy as np
 import onnx_ir as ir
+
+from qcompiler.errors import GateError
 
 MICROSOFT = "com.microsoft"
 
@@ -21,6 +26,53 @@ def operand(node: ir.Node, index: int) -> ir.Value:
     value = node.inputs[index]
     assert value is not None
     return value
+
+
+def name_of(value: ir.Value | None) -> str:
+    """The name of a value that must be there.
+
+    Raises:
+        GateError: it is left out or has no name.
+    """
+    if value is None or value.name is None:
+        raise GateError(f"expected a value with a name, found {value!r}: the exported graph is not as the lowering expects it")
+    return value.name
+
+
+def stored(value: ir.Value | None) -> ir.TensorProtocol:
+    """The tensor of an initializer that must be there.
+
+    Raises:
+        GateError: it is left out or no constant.
+    """
+    if value is None or value.const_value is None:
+        raise GateError(f"expected a constant, found {value!r}: the exported graph is not as the lowering expects it")
+    return value.const_value
+
+
+def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """A new constant of the graph."""
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
+    graph.register_initializer(value)
+    return value
+
+
+def insert_before(node: ir.Node, nodes: Iterable[ir.Node]) -> None:
+    """Put `nodes` before `node` of a graph."""
+    assert node.graph is not None
+    node.graph.insert_before(node, nodes)
+
+
+def substitute(node: ir.Node, by: ir.Value) -> None:
+    """Let `by`, a value that is made for it, take the place, name, type and shape of the one output of `node`, which goes."""
+    assert node.graph is not None
+    output = node.outputs[0]
+    name = output.name
+    output.replace_all_uses_with(by, replace_graph_outputs=True)
+    by.shape, by.type = output.shape, output.type
+    node.graph.remove(node, safe=True)
+    by.name = name
 
 
 def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:

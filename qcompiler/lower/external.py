@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Protocol, cast
 
 import onnx_ir as ir
 
 from qcompiler.errors import GateError
+from qcompiler.lower.edit import name_of
 
 INLINE_BYTES = 256  # constants up to this size stay in the graph: shapes, epsilons
 ALIGNMENT, LARGE_ALIGNMENT, LARGE = 64, 64 * 1024, 1024 * 1024
@@ -93,15 +94,23 @@ def save(model: ir.Model, path: Path, data: IO[bytes], data_name: str) -> Saved:
             continue
         start = _align(offset, tensor.nbytes)
         data.write(b"\0" * (start - offset))
-        tensor.tofile(_Plain(data))
+        cast(_Writing, tensor).tofile(_Plain(data))
         offset = start + tensor.nbytes
-        placed.append(Placed(value.name, start, tensor.nbytes))
+        name, shape = name_of(value), ir.Shape(tensor.shape.numpy())
+        placed.append(Placed(name, start, tensor.nbytes))
         value.const_value = ir.ExternalTensor(
-            data_name, start, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=value.name, base_dir=path.parent
+            data_name, start, tensor.nbytes, tensor.dtype, shape=shape, name=name, base_dir=path.parent
         )
     data.flush()
     ir.save(model, path)
     return Saved(tuple(placed), path.stat().st_size, offset)
+
+
+class _Writing(Protocol):
+    """What every tensor of onnx_ir has and its own protocol leaves out."""
+
+    def tofile(self, file: Any) -> None:
+        """Write the tensor's bytes."""
 
 
 class _Plain:

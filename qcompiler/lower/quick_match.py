@@ -29,7 +29,7 @@ def quick_match() -> Iterator[None]:
                 return MatchResult().fail("The node is of another type than the pattern's first output.")
         return original(self, model, graph, node, **options)
 
-    SimplePatternMatcher.match = match  # type: ignore[method-assign]
+    SimplePatternMatcher.match = match  # type: ignore[method-assign, assignment]  # it hands all options on
     try:
         yield
     finally:

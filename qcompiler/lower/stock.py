@@ -18,14 +18,14 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.errors import UnsupportedError
+from qcompiler.lower.edit import MICROSOFT, initializer, insert_before, name_of, operand, stored, substitute
 from qcompiler.lower.split_experts import split_experts
-from qcompiler.lower.stock_products import StaticMatrix, initializer, inputs_of, read_bytes, takes_static, without_outliers
+from qcompiler.lower.stock_products import StaticMatrix, inputs_of, read_bytes, takes_static, without_outliers
 from qcompiler.ops import layout
 from qcompiler.ops.formats import Activation, AffineFormat
 from qcompiler.ops.spec import DOMAIN
 from qcompiler.recipe.schema import Recipe, Scheme
 
-MICROSOFT = "com.microsoft"
 BITS = (8, 4, 2)  # what MatMulNBits has CPU kernels for
 ROW_BLOCK = 128  # block of a row that has a single scale
 INT8_ACTIVATIONS = 4  # accuracy_level
@@ -119,22 +119,17 @@ def to_stock(model: ir.Model) -> dict[str, dict[str, int]]:
             continue
         if node.op_type not in _LOWER:
             raise UnsupportedError(f"node {node.name}: the target `onnx-stock` has nothing in place of {node.op_type}")
-        codes = node.inputs[1]
-        if codes.name not in weights:
-            weights[codes.name] = _convert(model.graph, node)
-        weight = weights[codes.name]
-        output = _LOWER[node.op_type](model.graph, node, weight)
-        name = node.outputs[0].name
-        node.outputs[0].replace_all_uses_with(output, replace_graph_outputs=True)
-        output.shape, output.type = node.outputs[0].shape, node.outputs[0].type
-        node.graph.remove(node, safe=True)
-        output.name = name
+        codes = name_of(node.inputs[1])
+        if codes not in weights:
+            weights[codes] = _convert(model.graph, node)
+        substitute(node, _LOWER[node.op_type](model.graph, node, weights[codes]))
     for key in [key for key in model.functions if key[0] == DOMAIN]:
         del model.functions[key]
     model.graph.opset_imports.pop(DOMAIN, None)
     model.graph.opset_imports.setdefault(MICROSOFT, 1)
-    for value in [v for v in model.graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
-        del model.graph.initializers[value.name]
+    initializers = model.graph.initializers
+    for unread in [name for name, v in initializers.items() if not v.uses() and not v.is_graph_output()]:
+        del initializers[unread]
     totals: dict[str, dict[str, int]] = {}
     for name, weight in weights.items():
         total = totals.setdefault(whole.get(name, name), {})
@@ -163,16 +158,16 @@ def _convert(graph: ir.Graph, node: ir.Node) -> StockWeight:
     block = group or ROW_BLOCK
     blocks = -(-k // block)
     shift = 128 if bits == 8 else 0  # MatMulNBits has unsigned codes; ours of 8 bits are signed
-    codes = layout.unpack_codes(node.inputs[1].const_value.numpy(), n, k, bits).astype(np.int16) + shift
+    codes = layout.unpack_codes(stored(node.inputs[1]).numpy(), n, k, bits).astype(np.int16) + shift
     padded = np.full((n, blocks * block), format.center + shift, np.uint8)
     padded[:, :k] = codes
-    scales = layout.unpack_scales(node.inputs[2].const_value.numpy(), n).astype(np.float32)
+    scales = layout.unpack_scales(stored(node.inputs[2]).numpy(), n).astype(np.float32)
     scales = np.ascontiguousarray(np.broadcast_to(scales, (n, blocks)))
-    base = node.inputs[1].name.removesuffix("codes")
+    base = name_of(node.inputs[1]).removesuffix("codes")
     array = _pack(padded.reshape(n, blocks, block), bits)
     zeros = None
     if packed_zeros is not None:
-        points = layout.unpack_zeros(packed_zeros.const_value.numpy(), n, bits).astype(np.int16) + shift
+        points = layout.unpack_zeros(stored(packed_zeros).numpy(), n, bits).astype(np.int16) + shift
         packed = _pack(np.broadcast_to(points, (n, blocks)).astype(np.uint8), bits)
         zeros = initializer(graph, f"{base}zero_points", packed)
     blocked, scaled = initializer(graph, f"{base}blocks", array), initializer(graph, f"{base}block_scales", scales)
@@ -180,8 +175,7 @@ def _convert(graph: ir.Graph, node: ir.Node) -> StockWeight:
 
 
 def _linear(graph: ir.Graph, node: ir.Node, weight: StockWeight) -> ir.Value:
-    given = inputs_of(node)
-    return _product(graph, node, weight, given, given["x"])
+    return _product(graph, node, weight, inputs_of(node), operand(node, 0))
 
 
 def _mixed(graph: ir.Graph, node: ir.Node, weight: StockWeight) -> ir.Value:
@@ -210,17 +204,19 @@ def _product(
     if given["bias"] is not None:
         add = ir.node("Add", [output, given["bias"]])
         nodes, output = [new, add], add.outputs[0]
-    node.graph.insert_before(node, nodes)
+    insert_before(node, nodes)
     return output
 
 
 def _embedding(graph: ir.Graph, node: ir.Node, weight: StockWeight) -> ir.Value:
     """Rows gathered in packed form, unpacked, scaled: `[..., blocks, bytes]` -> `[..., k]`."""
     n, k = (node.attributes.get_int(name) for name in ("n", "k"))
+    ids = operand(node, 0)
     tape = ir.tape.Tape()
     constant = lambda value, dtype: tape.op("Constant", [], {"value": ir.tensor(np.asarray(value, dtype))})  # noqa: E731
-    rank = len(node.inputs[0].shape)
-    rows = tape.op("Gather", [weight.codes, node.inputs[0]], {"axis": 0})
+    assert ids.shape is not None
+    rank, blocks = len(ids.shape), -(-k // weight.block)
+    rows = tape.op("Gather", [weight.codes, ids], {"axis": 0})
     if weight.bits < 8:
         mask = constant(2**weight.bits - 1, np.uint8)
         fields = []
@@ -234,20 +230,18 @@ def _embedding(graph: ir.Graph, node: ir.Node, weight: StockWeight) -> ir.Value:
         q = tape.op("Sub", [q, constant(128 if weight.bits == 8 else 2 ** (weight.bits - 1), np.float32)])
     else:
         if weight.points is None:
-            points = layout.unpack_zeros(node.inputs[3].const_value.numpy(), n, weight.bits).astype(np.int16)
-            wide = np.broadcast_to(points + (128 if weight.bits == 8 else 0), (n, weight.scales.shape[1]))
+            points = layout.unpack_zeros(stored(node.inputs[3]).numpy(), n, weight.bits).astype(np.int16)
+            wide = np.broadcast_to(points + (128 if weight.bits == 8 else 0), (n, blocks))
             weight.points = initializer(
                 graph, f"{weight.codes.name}_points", np.ascontiguousarray(wide.astype(np.uint8))
             )
-        z = tape.op(
-            "Cast", [tape.op("Gather", [weight.points, node.inputs[0]], {"axis": 0})], {"to": ir.DataType.FLOAT}
-        )
+        z = tape.op("Cast", [tape.op("Gather", [weight.points, ids], {"axis": 0})], {"to": ir.DataType.FLOAT})
         q = tape.op("Sub", [q, tape.op("Unsqueeze", [z, constant([rank + 1], np.int64)])])
-    s = tape.op("Gather", [weight.scales, node.inputs[0]], {"axis": 0})
+    s = tape.op("Gather", [weight.scales, ids], {"axis": 0})
     w = tape.op("Mul", [q, tape.op("Unsqueeze", [s, constant([rank + 1], np.int64)])])
-    flat = tape.op("Reshape", [w, constant([0] * rank + [weight.scales.shape[1] * weight.block], np.int64)])
+    flat = tape.op("Reshape", [w, constant([0] * rank + [blocks * weight.block], np.int64)])
     y = tape.op("Slice", [flat, constant([0], np.int64), constant([k], np.int64), constant([rank], np.int64)])
-    node.graph.insert_before(node, tape.nodes)
+    insert_before(node, tape.nodes)
     return y
 
 

@@ -9,24 +9,16 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.errors import UnsupportedError
+from qcompiler.lower.edit import MICROSOFT, initializer, insert_before, name_of, operand, stored
 from qcompiler.lower.external import INLINE_BYTES
 from qcompiler.ops import SPECS, layout
 from qcompiler.ops.formats import AffineFormat
-
-MICROSOFT = "com.microsoft"
 
 
 def inputs_of(node: ir.Node) -> dict[str, ir.Value | None]:
     """A node's inputs by the names of its declaration; None where left out."""
     (spec,) = (spec for spec in SPECS.values() if spec.onnx_name == node.op_type)
     return {i.name: node.inputs[at] if at < len(node.inputs) else None for at, i in enumerate(spec.inputs)}
-
-
-def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-    value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
-    graph.register_initializer(value)
-    return value
 
 
 def _own(graph: ir.Graph, name: str, array: np.ndarray, beside: dict[str, int], kind: str) -> ir.Value:
@@ -41,7 +33,7 @@ def _own(graph: ir.Graph, name: str, array: np.ndarray, beside: dict[str, int], 
 
 def read_bytes(value: ir.Value | None) -> int:
     """Size of an initializer, 0 unless some node reads it."""
-    return value.const_value.nbytes if value is not None and value.uses() else 0
+    return stored(value).nbytes if value is not None and value.uses() else 0
 
 
 def takes_static(format: AffineFormat) -> bool:
@@ -52,7 +44,7 @@ def takes_static(format: AffineFormat) -> bool:
 def _insert(node: ir.Node, op: str, inputs: list[ir.Value | None], domain: str = "", **attributes: int) -> ir.Value:
     """A node before `node`; its one output."""
     new = ir.node(op, inputs, attributes=attributes, domain=domain)
-    node.graph.insert_before(node, [new])
+    insert_before(node, [new])
     return new.outputs[0]
 
 
@@ -77,8 +69,8 @@ class StaticMatrix:
             raise UnsupportedError(
                 f"node {node.name}: stock ONNX Runtime has no kernel for {format.label} with int8-static activations"
             )
-        array = lambda name: given[name].const_value.numpy()  # noqa: E731
-        base = given["codes"].name.removesuffix("codes")
+        array = lambda name: stored(given[name]).numpy()  # noqa: E731
+        base = name_of(given["codes"]).removesuffix("codes")
         codes = np.ascontiguousarray(layout.unpack_codes(array("codes"), n, k, bits).T)
         scales = layout.unpack_scales(array("scales"), n).astype(np.float32).reshape(n)
         zeros = None
@@ -97,19 +89,19 @@ class StaticMatrix:
 
         The zero point moves by 128 to uint8. (Of a symmetric range, which ends at −127 in our ops, −128 is used here.)
         """
-        base = given["activation_scale"].name.removesuffix("activation_scale")
-        scale = given["activation_scale"].const_value.numpy().reshape(())
-        zero = 0 if given["activation_zero"] is None else int(given["activation_zero"].const_value.numpy()[0])
+        base = name_of(given["activation_scale"]).removesuffix("activation_scale")
+        scale = stored(given["activation_scale"]).numpy().reshape(())
+        zero = 0 if given["activation_zero"] is None else int(stored(given["activation_zero"]).numpy()[0])
         s = _own(graph, f"{base}input_scale", scale, beside, "activations")
         z = _own(graph, f"{base}input_zero_{zero + 128}", np.array(zero + 128, np.uint8), beside, "activations")
         q = _insert(node, "QuantizeLinear", [x, s, z])
         inputs = [q, self.values, s, self.scales, z, self.zeros, given["bias"]]
         while inputs[-1] is None:
             inputs.pop()
-        y = _insert(node, "MatMulIntegerToFloat", inputs, MICROSOFT)
-        y.producer().name = node.name
-        y.producer().metadata_props.update(node.metadata_props)
-        return y
+        new = ir.node("MatMulIntegerToFloat", inputs, domain=MICROSOFT, name=node.name)
+        new.metadata_props.update(node.metadata_props)
+        insert_before(node, [new])
+        return new.outputs[0]
 
 
 def without_outliers(
@@ -119,14 +111,14 @@ def without_outliers(
 
     Their float32 weights and indices are put into the graph; their bytes are added to `beside`.
     """
-    x, n, k = given["x"], node.attributes.get_int("n"), node.attributes.get_int("k")
-    columns = given["columns"].const_value.numpy()
+    x, n, k = operand(node, 0), node.attributes.get_int("n"), node.attributes.get_int("k")
+    columns = stored(given["columns"]).numpy()
     if not columns.size:
         return x, lambda y: y
-    base = given["outliers"].name.removesuffix("outliers")
+    base = name_of(given["outliers"]).removesuffix("outliers")
     keep = np.ones(k, np.float32)
     keep[columns] = 0
-    weights = layout.unpack_outliers(given["outliers"].const_value.numpy(), n).astype(np.float32).T
+    weights = layout.unpack_outliers(stored(given["outliers"]).numpy(), n).astype(np.float32).T
     arrays = {"kept_columns": keep, "outlier_columns": columns, "outlier_weights": np.ascontiguousarray(weights)}
     held = {name: _own(graph, f"{base}{name}", array, beside, "outliers") for name, array in arrays.items()}
 

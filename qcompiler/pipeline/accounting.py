@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from qcompiler.lower.edit import stored
 from qcompiler.lower.external import INLINE_BYTES
 from qcompiler.ops import SPECS, layout
 from qcompiler.ops.activation_range import INPUTS
@@ -157,9 +158,9 @@ def _beside(inputs: dict[str, ir.Value | None], n: int, seen: set[int]) -> dict[
     own = {name: v for name in names if (v := inputs.get(name)) is not None and id(v) not in seen}
     seen.update(map(id, own.values()))
     # what is small lies in the graph, and counts there
-    stored = {name: v.const_value.nbytes for name, v in own.items() if v.const_value.nbytes > INLINE_BYTES}
-    sizes = {"activations": sum(stored.get(name, 0) for name in INPUTS), "outliers": stored.get("columns", 0)}
-    if "outliers" in stored:
-        floats = outlier_bytes(n, own["outliers"].const_value.shape[1], indices=False)
+    large = {name: size for name, v in own.items() if (size := stored(v).nbytes) > INLINE_BYTES}
+    sizes = {"activations": sum(large.get(name, 0) for name in INPUTS), "outliers": large.get("columns", 0)}
+    if "outliers" in large:
+        floats = outlier_bytes(n, stored(own["outliers"]).shape.numpy()[1], indices=False)
         sizes |= {"outliers": sizes["outliers"] + floats["outliers"], "padding": floats["padding"]}
     return sizes
