@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from qcompiler.graph.constants import attribute
 from qcompiler.graph.edit import args
-from qcompiler.graph.graph import Graph, Site
+from qcompiler.graph.graph import Graph, Site, SiteKind
 from qcompiler.ops.experts_linear import EXPERTS_LINEAR
 from qcompiler.passes.analyse.leftovers import find_leftovers
 from qcompiler.pipeline.passes import Pass, Report, Skip
@@ -49,6 +49,7 @@ class FindSites(Pass):
 def _site(graph: Graph, node: Node, names: set[str]) -> Site | None:
     if node.op != "call_function":
         return None
+    kind: SiteKind
     if node.target is aten.linear.default:
         kind, (_, weight, bias) = "linear", (*args(node), None)[:3]
     elif node.target is EXPERTS_LINEAR:

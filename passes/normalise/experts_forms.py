@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch.fx import Node
@@ -15,6 +15,8 @@ aten = torch.ops.aten
 
 _SAME = frozenset({aten.alias.default, aten.clone.default, aten.contiguous.default, aten.to.dtype, aten._to_copy.default})
 _ONES = frozenset({aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default})
+
+Form: TypeAlias = Literal["rows", "left", "right"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class ExpertsProduct:
     transposed: bool
     index: Node | None = None
     offsets: Node | None = None
-    form: Literal["rows", "left", "right"] = "rows"
+    form: Form = "rows"
 
 
 def experts_product(node: Node) -> ExpertsProduct | str | None:
@@ -63,7 +65,9 @@ def is_grouped(node: Node) -> bool:
 
 
 def _grouped(node: Node) -> ExpertsProduct | str | None:
-    given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = (argument.name for argument in node.target._schema.arguments)
+    given: dict[str, Any] = dict(zip(names, args(node), strict=False)) | dict(node.kwargs)
     x, matrices, offsets, *others = [*given.values(), None, None, None][: max(3, len(given))]
     weight = constant_of(matrices)
     if weight is None:
@@ -93,13 +97,14 @@ def _sorted_index(offsets: Node, experts: int) -> Node | None:
 def _batched(left: Node, right: Node) -> ExpertsProduct | str | None:
     if not all(isinstance(v, Node) and v.meta["val"].dim() == 3 for v in (left, right)):
         return None
-    for x, matrices, form in ((left, right, "left"), (right, left, "right")):
+    forms: tuple[tuple[Node, Node, Form], ...] = ((left, right, "left"), (right, left, "right"))
+    for x, matrices, form in forms:
         found = picked(matrices)
         if found is not None:
-            weight, swapped, index = found
+            stack, swapped, index = found
             if x.meta["val"].shape[1 if form == "left" else 2] != 1:
-                return f"a matrix of {weight.name} is picked for several rows at once; expected one row each"
-            return ExpertsProduct(x, weight, swapped != (form == "left"), index, None, form)
+                return f"a matrix of {stack.name} is picked for several rows at once; expected one row each"
+            return ExpertsProduct(x, stack, swapped != (form == "left"), index, None, form)
         weight = constant_of(matrices)
         if weight is not None:
             if constant_of(x) is not None:

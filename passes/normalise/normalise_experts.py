@@ -42,10 +42,12 @@ class NormaliseExperts(Pass):
             product = experts_product(node)
             if product is None:
                 continue
-            value = None if isinstance(product, str) else _matrices(module, product)
-            if value is None or value.dim() != 3 or not value.dtype.is_floating_point:
-                reason = product if isinstance(product, str) else f"constant {product.weight.name} is no stack of matrices"
-                report.skipped.append(Skip(node.name, reason))
+            if isinstance(product, str):
+                report.skipped.append(Skip(node.name, product))
+                continue
+            value = _matrices(module, product)
+            if value.dim() != 3 or not value.dtype.is_floating_point:
+                report.skipped.append(Skip(node.name, f"constant {product.weight.name} is no stack of matrices"))
                 continue
             report.matched += 1
             _replace(module, node, product, _weight(module, product, value, weights))

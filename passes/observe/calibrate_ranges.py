@@ -61,8 +61,14 @@ class CalibrateRanges(Pass):
         self._estimator()  # refuses options out of their bounds
 
     def _estimator(self) -> RangeEstimator:
-        options = {"bins": self.bins, "percentile": self.percentile, "momentum": self.momentum, "norm": self.norm}
-        return estimator(self.method, self.symmetric, **options)
+        return estimator(
+            self.method,
+            self.symmetric,
+            bins=self.bins,
+            percentile=self.percentile,
+            momentum=self.momentum,
+            norm=self.norm,
+        )
 
     def run(self, graph: Graph, context: Context) -> Report:
         report = Report()

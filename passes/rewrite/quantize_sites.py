@@ -9,7 +9,7 @@ embedding(W, ids) ─▶  qcompiler::embedding_nbit(ids, codes, scales[, zeros])
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -94,6 +94,7 @@ class QuantizeSites(Pass):
         """Put the site's op in its place; `owner` holds the packed weight, the site itself everything else."""
         node, fx = site.node, graph.module.graph
         spec = SPECS[op_name(site, own)]
+        given: dict[str, Any]
         if site.kind == "embedding":
             given = {"indices": node.args[1]}
         elif site.kind == "experts":

@@ -13,6 +13,7 @@ from qcompiler.graph.constants import attribute, set_parameter, storage_key
 from qcompiler.graph.mapped import kept
 
 Kind = Literal["decoder", "encoder", "module"]
+SiteKind = Literal["linear", "embedding", "experts"]
 
 _LARGE = 2**20  # bytes from which a constant is worth a file
 
@@ -42,7 +43,7 @@ class Site:
     """
 
     name: str
-    kind: Literal["linear", "embedding", "experts"]
+    kind: SiteKind
     node: torch.fx.Node
     weight: str
     bias: str | None

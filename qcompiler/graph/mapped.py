@@ -19,6 +19,11 @@ T = TypeVar("T")
 _counter = itertools.count()
 
 
+def memory(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor without gradients, in place: nothing is copied."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
 def mapped(tensor: torch.Tensor, path: Path) -> torch.Tensor:
     """Write `tensor` to `path` and return the same numbers mapped from there.
 
@@ -36,7 +41,7 @@ def mapped(tensor: torch.Tensor, path: Path) -> torch.Tensor:
     data = tensor.detach().contiguous()
     try:
         with open(path, "xb") as file:
-            file.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+            file.write(memory(data))
     except OSError as error:
         if error.errno in FULL:
             raise CapacityError(

@@ -143,9 +143,9 @@ def gptq(
     order = order_columns(hessian.diagonal(), options.ordering, format.group, options.block)
     factor = factorise(hessian, options.damping, options.floor, order.permutation, options.dtype)
     if isinstance(factor, NotFactored):
-        nearest = affine.fit(weight, format, "mse", per_tensor=per_tensor)
-        loss = _loss(weight, nearest, hessian, cross)
-        return GptqResult(nearest, loss, loss, factor.damping, factor.attempts, dead, options.ordering, factor.reason)
+        rounded = affine.fit(weight, format, "mse", per_tensor=per_tensor)
+        loss = _loss(weight, rounded, hessian, cross)
+        return GptqResult(rounded, loss, loss, factor.damping, factor.attempts, dead, options.ordering, factor.reason)
     layer = _layer(hessian, format, options, order, factor, cross)
     nearest = affine.fit(weight, format, "mse", per_tensor=per_tensor) if options.compare else None
     solved, before, after = _solve(layer, weight, nearest, per_tensor)
@@ -245,13 +245,13 @@ def _solve(
         rows = slice(start, start + pieces.step)
         columns = layer.columns(weight[rows])
         if nearest is not None:
-            rounded = layer.columns(_rows(nearest, rows).dequantize())
+            rounded = layer.columns(nearest.dequantize(rows))
             before = before + layer.losses(columns, columns - rounded).sum()
         known, passes = (None, options.passes) if whole is None else (_rows(whole, rows), 1)
         part, losses = _sweeps(layer, weight[rows], columns, known, passes)
         parts.append(part)
         after = after + losses.sum()
-    zeros = None if format.symmetric else torch.cat([p.zeros for p in parts])
+    zeros = None if format.symmetric else torch.cat([p.zeros for p in parts if p.zeros is not None])
     solved = AffineWeight(torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts]), zeros, format)
     return solved, None if nearest is None else before.item(), after.item()
 

@@ -70,7 +70,8 @@ def order_columns(diagonal: torch.Tensor, kind: str, width: int, block: int) -> 
     firsts = [0] + [i for i in range(1, k) if group[i] != group[i - 1]]
     begins = dict(zip(firsts, firsts[1:] + [k], strict=True))
     blocks: list[Block] = []
-    start, inside = 0, []
+    start = 0
+    inside: list[int] = []
     for first, last in begins.items():
         if inside and last - start > block:
             blocks.append(_block(start, first, inside))

@@ -5,6 +5,7 @@ All of them give `(low, high)` with low ≤ 0 ≤ high, so that 0 is a code; sym
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 import torch
@@ -195,7 +196,7 @@ def estimator(
     Raises:
         ValueError: an unknown method, or an option out of its bounds.
     """
-    made = {
+    made: dict[str, Callable[[], RangeEstimator]] = {
         "minmax": lambda: MinMax(symmetric),
         "moving_average": lambda: MovingAverage(symmetric, momentum),
         "percentile": lambda: Percentile(symmetric, bins, percentile),

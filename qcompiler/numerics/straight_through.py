@@ -25,8 +25,8 @@ def fake_activations(x: torch.Tensor, activation: Activation, static: tuple[floa
     if activation is Activation.FLOAT:
         return x
     if static is not None:
-        scale, zero = static
-        return scale * (round_through(x / scale + zero).clamp(-128, 127) - zero)
+        step, zero = static
+        return step * (round_through(x / step + zero).clamp(-128, 127) - zero)
     k = x.shape[-1]
     width = k if activation is Activation.INT8_TOKEN else ACTIVATION_BLOCK
     padded = functional.pad(x, (0, -k % width)).unflatten(-1, (-1, width))

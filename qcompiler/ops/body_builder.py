@@ -115,7 +115,9 @@ class Body(Nodes):
         Unlike in `fold`, a step is a whole body: it may use the attributes and values from outside.
         """
         inner = _Step(self, "row_")
-        inputs = [ir.Value(name=f"row_input_{i}", type=ir.TensorType(v.dtype)) for i, v in enumerate(scanned)]
+        types = [v.dtype for v in scanned if v.dtype is not None]
+        assert len(types) == len(scanned), "a value that is scanned has no type"
+        inputs = [ir.Value(name=f"row_input_{i}", type=ir.TensorType(type_)) for i, type_ in enumerate(types)]
         output = step(inner, *inputs)
         output.type = ir.TensorType(ir.DataType.FLOAT)
         graph = ir.Graph(inputs, [output], nodes=inner.nodes, name="row")

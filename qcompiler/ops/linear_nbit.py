@@ -68,8 +68,8 @@ def reference(inputs: Mapping[str, Any], attributes: Mapping[str, int]) -> np.nd
     for start in range(0, k, segment):
         part = slice(start, min(start + segment, k))
         dot = q[:, part].astype(np.float64) @ centred[:, part].astype(np.float64).T
-        scale = scales[:, start // group if group else 0].astype(np.float64)
-        y += dot * (scale[None, :] * sa[:, start].astype(np.float64)[:, None])
+        weight_scale = scales[:, start // group if group else 0].astype(np.float64)
+        y += dot * (weight_scale[None, :] * sa[:, start].astype(np.float64)[:, None])
     if inputs.get("bias") is not None:
         y += inputs["bias"]
     return y.astype(np.float32).reshape(*x.shape[:-1], n)
@@ -107,12 +107,14 @@ def random_range(
     if activation is not Activation.INT8_STATIC:
         return dict.fromkeys(INPUTS)
     n, k, bits, group = (attributes[name] for name in ("n", "k", "bits", "group"))
-    zeros = tensors["zeros"]
-    codes = layout.unpack_codes(tensors["codes"], n, k, bits)
+    packed, packed_scales, zeros = tensors["codes"], tensors["scales"], tensors["zeros"]
+    assert packed is not None and packed_scales is not None
+    codes = layout.unpack_codes(packed, n, k, bits)
     points = None if zeros is None else layout.unpack_zeros(zeros, n, bits)
     zero = int(rng.choice([-128, -77, -1, 1, 50, 127])) if asymmetric else 0
     format = AffineFormat(bits, group, zeros is None)
-    return range_inputs(float(rng.uniform(0.01, 0.02)), zero, codes, layout.unpack_scales(tensors["scales"], n), points, format)
+    scales = layout.unpack_scales(packed_scales, n)
+    return range_inputs(float(rng.uniform(0.01, 0.02)), zero, codes, scales, points, format)
 
 
 def cases() -> Iterable[Case]:

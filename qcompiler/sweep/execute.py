@@ -16,7 +16,7 @@ from qcompiler.sweep.order import ancestors
 Product = Callable[..., torch.Tensor]
 
 # Which argument of a site's op is its weight; a lookup's is the first.
-_WEIGHT_AT = {torch.ops.aten.linear.default: 1, EXPERTS_LINEAR: 2}
+_WEIGHT_AT: dict[object, int] = {torch.ops.aten.linear.default: 1, EXPERTS_LINEAR: 2}
 
 
 class Executor:

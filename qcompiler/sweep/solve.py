@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 class Statistics(Protocol):
     """What a method gathers of a group's input."""
 
-    def update(self, *x: torch.Tensor) -> None:
+    # Any: how many tensors there are follows from `Group.tapped` and the sweep's streams.
+    def update(self, *x: Any, **_: Any) -> None:
         """Take what `Segment.feed` gives of a sample for the group: `[tokens, k]`, and for experts the expert of each."""
 
 

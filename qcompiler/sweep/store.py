@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from qcompiler.graph.mapped import memory
 from qcompiler.graph.text import graph_text
 
 if TYPE_CHECKING:
@@ -104,4 +105,4 @@ def _add(digest: Any, tensor: torch.Tensor) -> None:
     """Hash the tensor's bytes in pieces: nothing of its size is held."""
     flat = tensor.detach().contiguous().reshape(-1)
     for start in range(0, flat.numel(), _SHARE):
-        digest.update(memoryview(flat[start : start + _SHARE].view(torch.uint8).numpy()))
+        digest.update(memory(flat[start : start + _SHARE]))

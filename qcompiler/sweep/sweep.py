@@ -74,12 +74,12 @@ class Sweep:
         for index, leaves in enumerate(self.samples):
             if len(leaves) != len(self._placeholders):
                 raise UsageError(f"sample {index} has {len(leaves)} values, the graph takes {len(self._placeholders)}")
-        self.bound = bindings(self._placeholders, max(self.samples, key=_elements))
+        largest = max(self.samples, key=_elements)
+        self.bound = bindings(self._placeholders, largest)
         self.float_stream = float_stream
         self.order: Order = order(graph, self.sites, lambda node: node_bytes(node, self.bound))
-        cuts, plan = plan_cuts(self, costs or Costs())
-        self.stretches: list[Stretch] = self.order.stretches(cuts)
-        self._plan = plan
+        chosen, self._plan = plan_cuts(self, costs or Costs())
+        self.stretches: list[Stretch] = self.order.stretches(chosen)
 
     def __iter__(self) -> Iterator[Segment]:
         streams = (False, True) if self.float_stream else (False,)

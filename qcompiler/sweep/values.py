@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.fx import Node
 
+from qcompiler.graph.mapped import memory
+
 ALIGNMENT = 64
 
 
@@ -55,7 +57,7 @@ class Values:
         offset = -(-self._file.tell() // ALIGNMENT) * ALIGNMENT
         self._file.seek(offset)
         contiguous = value.detach().contiguous()
-        self._file.write(memoryview(contiguous.reshape(-1).view(torch.uint8).numpy()))
+        self._file.write(memory(contiguous))
         self._file.flush()
         return _Mapped(self._file.fileno(), offset, tuple(value.shape), value.dtype)
 
