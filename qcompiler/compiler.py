@@ -216,7 +216,11 @@ def _calibrated(recipe: Recipe, samples: int | None, length: int | None, seed: i
     import dataclasses
 
     asked = {"samples": samples, "length": length, "seed": seed}
-    calibration = dataclasses.replace(recipe.calibration, **{k: v for k, v in asked.items() if v is not None})
+    try:
+        calibration = dataclasses.replace(recipe.calibration, **{k: v for k, v in asked.items() if v is not None})
+    except ValueError as error:  # pydantic's own is one
+        messages = [e["msg"].removeprefix("Value error, ") for e in getattr(error, "errors", list)()]
+        raise UsageError(f"calibration: {'; '.join(messages) or error}") from error
     if calibration.samples is None:
         calibration = dataclasses.replace(calibration, samples=DEFAULT_SAMPLES)
     return dataclasses.replace(recipe, calibration=calibration)
@@ -267,6 +271,10 @@ def _samples(
         reporter.note("no tokenizer: the layers' output SQNR is measured on the inputs that the graph was captured with")
         return lambda: [arguments(prepared)]
 
+    context = _context(loaded.model)
+    if wanted.length is not None and context.positions is not None and wanted.length > context.positions:
+        raise UsageError(f"calibration: windows of {wanted.length} tokens, the model takes at most {context.positions}")
+
     def read() -> Iterable[dict[str, Any]]:
         import torch
 
@@ -276,7 +284,7 @@ def _samples(
             loaded.directory,
             text=text,
             samples=samples,
-            length=wanted.length or min(_context(loaded.model).default or DEFAULT_LENGTH, DEFAULT_LENGTH),
+            length=wanted.length or min(context.default or DEFAULT_LENGTH, DEFAULT_LENGTH),
             seed=wanted.seed,
             reporter=reporter,
         )

@@ -5,6 +5,8 @@ block(h; S·(q − Z))  ─▶  block(h; S'·(q' − Z)),  ‖block(h; W) − bl
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -60,6 +62,16 @@ class DistillBlocks(Pass):
     join: int = 2
     select: Select = Select()
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "join"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        for name in ("rate", "scale_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a step of 0 or more")
+        if not 0 < self.hold_out < 1:
+            raise ValueError(f"hold_out is {self.hold_out}, expected a share between 0 and 1")
 
     def run(self, graph: Graph, context: Context) -> Report:
         sites = [s for s in graph.sites if s.kind == "linear" and s.name in context.solutions and self._takes(s)]
@@ -138,7 +150,7 @@ class _Block:
                 queue = torch.randperm(len(self.train), generator=generator).tolist()
             sample = self.train[queue[number % len(self.train)]]
             values = self.segment.run(sample, self.wanted, dict(students), gradients=True)
-            loss = sum(self._distance(values, sample))
+            loss = functools.reduce(torch.add, self._distance(values, sample))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

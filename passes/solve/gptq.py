@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
+from qcompiler.errors import UsageError
 from qcompiler.numerics import affine
 from qcompiler.numerics.gptq import GptqOptions, GptqResult, gptq
 from qcompiler.numerics.stack import solve_stack
@@ -70,21 +71,45 @@ class Gptq(Pass):
         sites, skipped = self._sites(graph, context)
         if not sites:
             return Report(skipped=skipped)
+        self._check_groups(sites, context)
         costs = Costs(self._statistics_bytes, self._solver_bytes)
         sweep = Sweep(graph, context, sites, float_stream=self.asymmetric, costs=costs)
         report = solve_sites(self, graph, context, sites, sweep, _Method(self, graph, context))
         report.skipped += skipped
         report.notes["samples"] = len(sweep.samples)
         report.notes["segments"] = len(sweep.stretches)
+        self._warn_of_few_tokens(sites, context, report)
         return report
+
+    def _warn_of_few_tokens(self, sites: list[Site], context: Context, report: Report) -> None:
+        """With fewer tokens than inputs H has no full rank: some errors cost nothing, and the weights go there."""
+        few = {site.name: site.shape[1] for site in sites if report.layers[site.name]["tokens"] < site.shape[1]}
+        if few:
+            name, k = max(few.items(), key=lambda item: item[1])
+            context.reporter.warning(
+                f"{self.name}: {len(few)} layers have more inputs than they met calibration tokens ({name}: {k} inputs, "
+                f"{report.layers[name]['tokens']} tokens): their weights fit the samples more than the text; give more samples"
+            )
+        report.notes["layers_with_few_tokens"] = list(few)
 
     def _sites(self, graph: Graph, context: Context) -> tuple[list[Site], list[Any]]:
         from qcompiler.passes.solve.selection import unsolved
 
         return unsolved(self.name, graph, context, self.select, head=self.head)
 
+    def _check_groups(self, sites: list[Site], context: Context) -> None:
+        """What the solver would refuse at its first site, before a sample runs."""
+        if self.ordering != "activation" or self.groups != "live":
+            return
+        for site in sites:
+            if 0 < context.schemes[site.name].weight_format.group < site.shape[1]:
+                raise UsageError(
+                    f"{self.name}: layer {site.name} has groups, and ordering 'activation' with live groups would scatter "
+                    "their columns; use groups: static, or ordering: group_aware"
+                )
+
     def _statistics_bytes(self, group: Group) -> int:
-        return (2 if self.asymmetric and group.expert is None else 1) * group.experts * 4 * group.k * group.k
+        return (3 if self.asymmetric and group.expert is None else 1) * group.experts * 4 * group.k * group.k
 
     def _solver_bytes(self, group: Group) -> int:
         n = max(site.shape[0] for site in group.sites)
@@ -92,25 +117,29 @@ class Gptq(Pass):
 
 
 class _Moments:
-    """H of a group, and with a float stream the cross statistic."""
+    """H of a group; with a float stream also the cross statistic, and the second moments of what the streams differ by."""
 
     def __init__(self, k: int, asymmetric: bool):
         self._hessian = Hessian(k)
         self._cross = Cross(k) if asymmetric else None
-        self._means: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._drift = Hessian(k) if asymmetric else None
+        self._means: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None = None
 
     def update(self, *x: torch.Tensor) -> None:
         self._hessian.update(x[0])
-        if self._cross is not None:
+        if self._cross is not None and self._drift is not None:
             self._cross.update(*x)
+            self._drift.update(x[1] - x[0])
 
     @property
     def tokens(self) -> int:
         return self._hessian.tokens
 
-    def result(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def result(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """H; C = E[(x̃ − x) xᵀ] and E[(x̃ − x)(x̃ − x)ᵀ], x̃ of the float stream."""
         if self._means is None:
-            self._means = self._hessian.result(), None if self._cross is None else self._cross.result()
+            drifted = (None, None) if self._cross is None or self._drift is None else (self._cross.result(), self._drift.result())
+            self._means = self._hessian.result(), *drifted
         return self._means
 
 
@@ -135,14 +164,17 @@ class _Method:
     def solve(self, site: Site, statistics: Any) -> tuple[AffineWeight, dict[str, Any], str | None]:
         if site.kind == "experts":
             return self._solve_experts(site, statistics)
-        hessian, cross = statistics.result()
+        hessian, cross, drift = statistics.result()
         weight = quantizable_weight(self.graph, self.context, site)
         result = self._solve_matrix(site, weight, hessian, cross)
         whole = _energy(weight, hessian) or 1.0
+        # Of E‖W̃ x − W x̃‖² the solver knows what depends on W̃; E‖W (x̃ − x)‖² is the rest.
+        rest = 0.0 if drift is None else _energy(weight, drift)
         numbers: dict[str, Any] = {"weight_sqnr_db": affine.weight_sqnr_db(weight, result.weight)}
-        numbers |= {"error_after": result.loss_after / whole, "damping": result.damping, "tokens": statistics.tokens}
+        numbers |= {"error_after": max(result.loss_after + rest, 0.0) / whole}
+        numbers |= {"damping": result.damping, "tokens": statistics.tokens}
         if result.loss_before is not None:
-            numbers["error_before"] = result.loss_before / whole
+            numbers["error_before"] = max(result.loss_before + rest, 0.0) / whole
         return result.weight, numbers | ({"dead_columns": result.dead} if result.dead else {}), result.fallback
 
     def _solve_matrix(self, site: Site, weight: torch.Tensor, hessian: torch.Tensor, cross: Any) -> GptqResult:

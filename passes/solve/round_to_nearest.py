@@ -5,15 +5,16 @@ W  ─▶  (q, S[, Z]),  W ≈ S · (q − Z)
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from qcompiler.errors import InputError
 from qcompiler.numerics import affine
 from qcompiler.numerics.stack import solve_stack
-from qcompiler.passes.solve.selection import check_selector
 from qcompiler.passes.solve.weights import quantizable_weight
 from qcompiler.pipeline.passes import Pass, Report, Skip
+from qcompiler.pipeline.selection import check_selector
 from qcompiler.recipe.schema import Select
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ class RoundToNearest(Pass):
     norm: float = 2.0
     kind: Literal["all", "embedding"] = "all"
     select: Select = Select()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.norm < math.inf:
+            raise ValueError(f"norm is {self.norm}, expected an exponent above 0")
 
     def _takes(self, site: Site) -> bool:
         wanted = self.kind == "all" or site.kind == self.kind

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING
 
-from qcompiler.errors import UsageError
 from qcompiler.pipeline.passes import Skip
+from qcompiler.pipeline.selection import check_selector
 
 if TYPE_CHECKING:
     from qcompiler.graph.graph import Graph, Site
@@ -42,21 +41,3 @@ def unsolved(
         else:
             skipped.append(Skip(site.name, reason))
     return chosen, skipped
-
-
-def check_selector(step: str, select: Select, graph: Graph) -> None:
-    """Refuse a selector that names no site of the graph.
-
-    Raises:
-        UsageError: lists the nearest names and the roles that there are.
-    """
-    if any(select.matches(s.name, s.role, s.shape[0] * s.shape[1]) for s in graph.sites):
-        return
-    wanted = select.name or select.role or ""
-    names = [site.name for site in graph.sites]
-    roles = sorted({site.role for site in graph.sites if site.role})
-    near = difflib.get_close_matches(wanted.replace("*", ""), names + roles, n=4, cutoff=0.0)
-    raise UsageError(
-        f"{step}: its selection {select} names no layer; nearest: {', '.join(near) or 'none'}; "
-        f"roles here: {', '.join(roles) or 'none'}"
-    )

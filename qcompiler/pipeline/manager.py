@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from qcompiler.errors import GateError
 from qcompiler.graph.text import graph_text
-from qcompiler.graph.verify import verify
+from qcompiler.graph.verify import Stage, verify
 from qcompiler.pipeline.instruments import Instrument, PeakMemory, Timer
 from qcompiler.pipeline.passes import Pass, Report
+from qcompiler.pipeline.selection import check_selector
 from qcompiler.pipeline.trace import Trace
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from qcompiler.pipeline.context import Context
 
 # The verifier's stage that holds once passes of this stage are done.
-_HOLDS_AFTER = {
+_HOLDS_AFTER: dict[str, Stage] = {
     "normalise": "normalised",
     "analyse": "analysed",
     "transform": "analysed",
@@ -63,10 +64,13 @@ class PassManager:
         """Run `passes` in order.
 
         Raises:
+            UsageError: a pass selects layers that are not there.
             GateError: a required pass matched nothing, too many fallbacks, or the verifier refused the result.
         """
         for position, step in enumerate(passes):
             context.reporter.stage(step.name)
+            if (select := getattr(step, "select", None)) is not None:
+                check_selector(step.name, select, graph)
             before = len(graph.module.graph.nodes)
             with self.watched(graph) as timing:
                 report = step.run(graph, context)

@@ -75,6 +75,9 @@ class Pass:
             return TypeAdapter(cls).validate_python(options)
         except ValidationError as error:
             first = error.errors()[0]
-            raise ValueError(
-                f"{cls.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}; found {first['input']!r}"
-            ) from error
+            if first["type"] == "value_error":  # the pass itself said what it expected and found
+                raise ValueError(f"{cls.name}: {first['msg'].removeprefix('Value error, ')}") from error
+            place = ".".join(map(str, first["loc"]))
+            if first["type"] == "unexpected_keyword_argument":
+                raise ValueError(f"{cls.name}: unknown option {place!r}") from error
+            raise ValueError(f"{cls.name}: {place}: {first['msg']}; found {first['input']!r}") from error

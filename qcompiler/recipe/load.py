@@ -90,7 +90,9 @@ def _explain(error: Any, where: str) -> str:
         return f"{place}: {unknown_key('key', path[-1], known)}"
     if error["type"] == "missing":
         return f"{place}: required key is missing"
-    return f"{place}: {error['msg'].removeprefix('Value error, ')}; found {error['input']!r}"
+    if error["type"] == "value_error":  # our own: it says what was found
+        return f"{place}: {error['msg'].removeprefix('Value error, ')}"
+    return f"{place}: {error['msg']}; found {error['input']!r}"
 
 
 def to_dict(recipe: Recipe) -> dict:

@@ -73,6 +73,11 @@ class Select:
     min_size: int | None = None
     max_size: int | None = None
 
+    def __str__(self) -> str:
+        """`name: *.down_proj, max_size: 100`: what is asked for."""
+        given = {key: getattr(self, key) for key in ("name", "role", "min_size", "max_size")}
+        return ", ".join(f"{key}: {value}" for key, value in given.items() if value is not None) or "all"
+
     def matches(self, name: str, role: str | None, size: int) -> bool:
         return (
             (self.name is None or fnmatchcase(name, self.name))
@@ -118,6 +123,12 @@ class Calibration:
     samples: int | None = None
     length: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 0), ("length", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}, expected at least {least}")
 
 
 def _one_pass(value: Any) -> Any:

@@ -65,6 +65,18 @@ def unknown_key_in_a_recipe(folder: Path) -> tuple:
     return 2, ("mine.yaml: linear.bitz", "bits"), "model", "--recipe", "mine.yaml"
 
 
+def a_selection_that_names_nothing(folder: Path) -> tuple:
+    """Of a pass that folds: the solvers are not the only ones that select."""
+    passes = "[{awq: {select: {name: '*.down_prj'}}}, round_to_nearest]"
+    (folder / "mine.yaml").write_text(f"name: mine\nlinear: {{bits: 4, group: 32}}\npasses: {passes}\n")
+    return 2, ("awq: its selection (name: *.down_prj) names no layer", "down_proj"), "model", "--recipe", "mine.yaml"
+
+
+def windows_longer_than_the_model_takes(folder: Path) -> tuple:
+    words = ("windows of 100000 tokens", "the model takes at most")
+    return 2, words, "model", "--recipe", "int4-gptq", "--length", 100_000
+
+
 def output_inside_input(folder: Path) -> tuple:
     return 3, ("inside the model",), "model", "-o", "model/out"
 
@@ -83,6 +95,8 @@ CASES = [
     truncated_weights,
     a_weight_that_is_no_number,
     unknown_key_in_a_recipe,
+    a_selection_that_names_nothing,
+    windows_longer_than_the_model_takes,
     output_inside_input,
     input_inside_output,
     output_that_is_no_artifact,

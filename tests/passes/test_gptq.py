@@ -15,6 +15,7 @@ from qcompiler.passes.solve.round_to_nearest import RoundToNearest
 from qcompiler.pipeline.manager import PassManager
 from qcompiler.pipeline.trace import Trace
 from qcompiler.recipe.schema import Select
+from qcompiler.sweep import Sweep
 from tests.captures import analysed
 from tests.sweep.prepared_context import context_of, linear_sites
 
@@ -31,6 +32,33 @@ def test_layers_lose_less_than_rounded_ones(model_type: str, asymmetric: bool):
         assert layer["method"] == "gptq" and layer["tokens"] == 24 * (1 if "pooler" in name else 16)
         assert layer["error_after"] < layer["error_before"], name
     assert {skip.reason for skip in report.skipped} <= {"the head; name it to have it solved"}
+
+
+def test_the_error_of_asymmetric_calibration_is_that_of_the_outputs():
+    """E‖W̃ x − W x̃‖² / tr(W H Wᵀ), from the two streams' inputs as they are."""
+    model = analysed("llama")
+    context = context_of(model, {"bits": 3, "group": 64}, samples=12, length=16)
+    report = Gptq(asymmetric=True).run(model.graph, context)
+    site = model.graph.site("model.layers.0.self_attn.o_proj")
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for segment in Sweep(model.graph, context, linear_sites(model), float_stream=True):
+        for wave in segment.waves:
+            segment.feed({group.node: lambda x, y: seen.append((x, y)) for group in wave.groups if site in group.sites})
+    x, x_float = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    weight = model.graph.constant(site.weight)
+    error = (x @ context.solutions[site.name].dequantize().T - x_float @ weight.T).square().sum()
+    assert report.layers[site.name]["error_after"] == pytest.approx(float(error / (x @ weight.T).square().sum()), rel=1e-3)
+
+
+def test_layers_with_more_inputs_than_tokens_are_named():
+    model = analysed("llama")
+    context = context_of(model, {"bits": 3, "group": 64}, samples=24, length=16)  # 384 tokens
+    warnings: list[str] = []
+    context.reporter.warning = warnings.append  # type: ignore[method-assign]
+    report = Gptq(passes=1).run(model.graph, context)
+    few = [f"model.layers.{index}.mlp.down_proj" for index in range(2)]
+    assert report.notes["layers_with_few_tokens"] == few
+    assert [few[0] in warning and "512 inputs, 384 tokens" in warning for warning in warnings] == [True]
 
 
 def test_every_expert_is_solved_on_its_own_rows():
@@ -111,7 +139,7 @@ def test_a_hessian_that_no_damping_saves_falls_back_by_name(monkeypatch: pytest.
 
 def test_an_order_that_would_scatter_groups_is_refused():
     model = analysed("llama")
-    with pytest.raises(InputError, match="q_proj: ordering 'activation' with live groups would scatter"):
+    with pytest.raises(UsageError, match="q_proj has groups, and ordering 'activation' with live groups would scatter"):
         Gptq(ordering="activation", groups="live").run(model.graph, context_of(model))
     Gptq(ordering="activation", groups="static", select=Select(role="attn.q")).run(model.graph, context_of(model))
     Gptq(ordering="group_aware", groups="live", select=Select(role="attn.q")).run(model.graph, context_of(model))

@@ -91,3 +91,35 @@ def test_unknown_names_and_files(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(InputError, match="not YAML"):
         recipes.load(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ({"distill_blocks": {"steps": 0}}, "distill_blocks: steps is 0, expected at least 1"),
+        ({"distill_blocks": {"join": 0}}, "distill_blocks: join is 0, expected at least 1"),
+        ({"distill_blocks": {"rate": -1}}, "distill_blocks: rate is -1.0, expected a step of 0 or more"),
+        ({"distill_blocks": {"hold_out": 1}}, "distill_blocks: hold_out is 1.0, expected a share between 0 and 1"),
+        ({"round_to_nearest": {"norm": 0}}, "round_to_nearest: norm is 0.0, expected an exponent above 0"),
+        ({"gptq": {"damping": -1}}, "gptq: damping is -1 and floor 1e-06, expected shares of the mean, 0 to 1"),
+        ({"gptq": {"select": {"nam": "x"}}}, "gptq: unknown option 'select.nam'"),
+    ],
+)
+def test_options_of_passes_are_checked_when_the_recipe_is_read(step, message):
+    with pytest.raises(UsageError) as refused:
+        recipes.parse({"name": "x", "linear": {"bits": 4}, "passes": [step]}, "mine")
+    assert str(refused.value) == f"recipe mine: passes.0: {message}"
+
+
+@pytest.mark.parametrize(("key", "least"), [("samples", 0), ("length", 1), ("seed", 0)])
+def test_calibration_is_checked_when_the_recipe_is_read(key, least):
+    recipe = {"name": "x", "linear": {"bits": 4}}
+    recipes.parse(recipe | {"calibration": {key: least}}, "mine")
+    with pytest.raises(UsageError, match=f"recipe mine: calibration: {key} is {least - 1}, expected at least {least}$"):
+        recipes.parse(recipe | {"calibration": {key: least - 1}}, "mine")
+
+
+@pytest.mark.parametrize("name", recipes.builtin_names())
+def test_builtin_recipes_leave_the_window_to_the_model(name):
+    """A fixed one would be more than some models take."""
+    assert recipes.load(name).calibration.length is None
