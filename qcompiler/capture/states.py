@@ -70,7 +70,8 @@ def on_copies(part: torch.nn.Module, inputs: dict[str, Any], states: set[str]) -
 
 @contextlib.contextmanager
 def _short_chunks(part: torch.nn.Module) -> Iterator[None]:
-    changed = [(module, size) for module in part.modules() if isinstance(size := getattr(module, "chunk_size", None), int)]
+    sizes: list[tuple[Any, object]] = [(module, getattr(module, "chunk_size", None)) for module in part.modules()]
+    changed = [(module, size) for module, size in sizes if isinstance(size, int)]
     try:
         for module, size in changed:
             # One more: a chunk that is full is not padded, and traced in another way.

@@ -74,10 +74,10 @@ def evaluate(
         InputError: a model or text cannot be read, or the text is too short to score a token.
         GateError: NaN or infinity in an output; the message names the window.
     """
-    source = _source(text, max_windows)
+    source = evaluation_source(text, max_windows)
     with _threads(threads):
         models = [open_target(model, threads) for model in (target, against) if model is not None]
-        plan = _plan(models, source, context, stride, max_windows, tokenizer)
+        plan = plan_windows(models, source, context, stride, max_windows, tokenizer)
         if reporter is not None:
             reporter.stage("evaluate")
         (result,) = _measure([models[0]], models[1] if len(models) == 2 else None, plan, reporter)
@@ -104,32 +104,49 @@ def evaluate_each(
     Raises:
         QCompilerError: as `evaluate`, where the text, the windows or `against` are to blame.
     """
-    source = _source(text, max_windows)
+    source = evaluation_source(text, max_windows)
     with _threads(threads):
         models = [open_target(model, threads) for model in (*targets, against)]
-        plan = _plan(models, source, context, stride, max_windows, None)
+        plan = plan_windows(models, source, context, stride, max_windows, None)
         return _measure(models[:-1], models[-1], plan, reporter)
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What is run: the windows, their tokenizer, and the part of every result that says so."""
+class Plan:
+    """What is run.
+
+    Attributes:
+        windows: of the text, in order.
+        tokens: the tokenizer that cut it.
+        setting: the part of every result that says so: `text`, `context`, `stride`, `windows`, `tokens`.
+    """
 
     windows: list[Window]
     tokens: Tokens
     setting: dict[str, Any]
 
 
-def _source(text: Any, max_windows: int | None) -> Text:
-    """The text; what is wrong with the call itself is said before a model is read."""
+def evaluation_source(text: Any, max_windows: int | None) -> Text:
+    """The text to evaluate on, by default `evaluation_text()`. What is wrong with the call is said before a model is read.
+
+    Raises:
+        UsageError: `max_windows` below 1.
+        InputError: a file cannot be read.
+    """
     if max_windows is not None and max_windows < 1:
         raise UsageError(f"max_windows is {max_windows}, expected at least 1")
     return as_text(text, evaluation_text)
 
 
-def _plan(
+def plan_windows(
     models: list[Target], source: Text, context: int | None, stride: int | None, max_windows: int | None, tokenizer: Any
-) -> _Plan:
+) -> Plan:
+    """Cut the text into windows that all of `models` take; arguments as of `evaluate`.
+
+    Raises:
+        UsageError: no tokenizer, different tokenizers, a context or stride that does not fit.
+        InputError: the text is too short to score a token.
+    """
     tokens = _tokens(models, tokenizer, source)
     length = choose_context(context, [model.context.within(tokens.limit) for model in models])
     ids = tokens.encode(source.content)
@@ -145,15 +162,15 @@ def _plan(
         "windows": len(windows),
         "tokens": sum(window.last - window.first for window in windows),
     }
-    return _Plan(windows, tokens, setting)
+    return Plan(windows, tokens, setting)
 
 
 def _measure(
-    targets: Sequence[Target], against: Target | None, plan: _Plan, reporter: Reporter | None
+    targets: Sequence[Target], against: Target | None, plan: Plan, reporter: Reporter | None
 ) -> list[dict[str, Any] | QCompilerError]:
     scores: list[_Scores | _Outputs | QCompilerError | None] = [None] * len(targets)
     for window in plan.windows:
-        expected = None if against is None else _run(against, window)
+        expected = None if against is None else run_window(against, window)
         for i, (target, score) in enumerate(zip(targets, tuple(scores), strict=True)):
             if not isinstance(score, QCompilerError):
                 try:
@@ -176,7 +193,7 @@ def _add(
     score: _Scores | _Outputs | None, target: Target, against: Target | None, window: Window, expected: Any, tokens: Tokens
 ) -> _Scores | _Outputs:
     """Score one window of one target; the first one decides of which kind the scores are."""
-    models, outputs = [target], [_run(target, window)]
+    models, outputs = [target], [run_window(target, window)]
     if against is not None:
         models, outputs = [*models, against], [*outputs, expected]
     if score is None:
@@ -289,7 +306,12 @@ class _Outputs:
         }
 
 
-def _run(model: Target, window: Window) -> dict[str, np.ndarray]:
+def run_window(model: Target, window: Window) -> dict[str, np.ndarray]:
+    """The model's outputs for one window, by name; `logits` are `[tokens, vocabulary]`.
+
+    Raises:
+        GateError: NaN or +infinity in an output; names the window.
+    """
     outputs = model.run(window.tokens)
     for name, values in outputs.items():
         # -inf is how a padded vocabulary rules a token out; NaN and +inf are damage.

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 import qcompiler
-from qcompiler.evaluate.evaluation import _plan, _run, _source
+from qcompiler.evaluate.evaluation import Plan, evaluation_source, plan_windows, run_window
 from qcompiler.evaluate.metrics import token_divergence, token_nll
-from qcompiler.evaluate.targets import open_target
+from qcompiler.evaluate.targets import Target, open_target
+from qcompiler.evaluate.windows import Window
 from qcompiler.report.progress import make_reporter
 
 SAMPLES, LENGTH = 128, 256
@@ -149,12 +150,12 @@ def measure(model: str, chosen: list[Variant], seeds: list[int], options: argpar
     results = {variant.name: Measured() for variant in chosen}
     with tempfile.TemporaryDirectory(prefix="qcompiler-accuracy-") as folder, make_reporter(options.quiet) as reporter:
         reference = open_target(model, options.threads)
-        plan = _plan([reference], _source(None, options.windows), None, None, options.windows, None)
+        plan = plan_windows([reference], evaluation_source(None, options.windows), None, None, options.windows, None)
         logits = np.lib.format.open_memmap(Path(folder) / "float.npy", "w+", np.float32, _shape(reference, plan))
         expected: list[np.ndarray] = []
         start = 0
         for window in plan.windows:
-            rows = window.scored(_run(reference, window)["logits"])
+            rows = window.scored(run_window(reference, window)["logits"])
             logits[start : start + len(rows)] = rows
             expected.append(logits[start : start + len(rows)])
             start += len(rows)
@@ -172,15 +173,15 @@ def measure(model: str, chosen: list[Variant], seeds: list[int], options: argpar
     return results
 
 
-def _shape(reference: Any, plan: Any) -> tuple[int, int]:
-    width = _run(reference, plan.windows[0])["logits"].shape[-1]
+def _shape(reference: Target, plan: Plan) -> tuple[int, int]:
+    width = run_window(reference, plan.windows[0])["logits"].shape[-1]
     return sum(window.last - window.first for window in plan.windows), width
 
 
-def _score(found: Measured, target: Any, windows: list[Any], expected: list[np.ndarray]) -> None:
+def _score(found: Measured, target: Target, windows: list[Window], expected: list[np.ndarray]) -> None:
     klds, same, losses = [], [], []
     for window, theirs in zip(windows, expected, strict=True):
-        ours = window.scored(_run(target, window)["logits"])
+        ours = window.scored(run_window(target, window)["logits"])
         kld, top = token_divergence(theirs, ours)
         klds.append(kld.mean())
         same.append(np.mean(top))
