@@ -268,7 +268,7 @@ def _samples(
     if samples < 1:
         return tuple
     if loaded is None or not loaded.tokenizer_files or not takes_tokens(prepared):
-        reporter.note("no tokenizer: the layers' output SQNR is measured on the inputs that the graph was captured with")
+        reporter.note("no tokenizer: calibration and the layers' output SQNR see the inputs of the capture alone")
         return lambda: [arguments(prepared)]
 
     context = _context(loaded.model)

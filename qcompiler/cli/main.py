@@ -42,7 +42,7 @@ exit codes:
   5    a verification or quality gate failed
   6    it would not fit: memory, disk, size budget, or a prompt beyond the context
   75   stopped on request at a point from which it can be resumed
-  130  interrupted (Ctrl-C or SIGTERM); nothing was saved
+  130  interrupted (Ctrl-C or SIGTERM); no artifact was written
 """
 
 _COMMANDS = (compile, run, eval, compare, sensitivity, inspect, diff, verify, bench, doctor, library, repack)
@@ -131,16 +131,18 @@ def _report(error: BaseException, argv: list[str], options: argparse.Namespace) 
     if options.debug:
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
-        _say("terminated" if isinstance(error, Terminated) else "interrupted", "nothing was saved")
+        kept = "no artifact was written" if getattr(error, "__notes__", ()) else "nothing was saved"
+        _say("terminated" if isinstance(error, Terminated) else "interrupted", kept)
+        _say_notes(error)
         return INTERRUPTED
     known = _as_known(error)
     if known is None:
         place = crash.write(error, argv, options)
         _say("internal error", f"{type(error).__name__}; this is a bug in qcompiler. Details: {place}")
+        _say_notes(error)
         return 1
     _say("error", str(known))
-    for note in getattr(error, "__notes__", ()):
-        _say("note", note)
+    _say_notes(error)
     return known.exit_code
 
 
@@ -153,6 +155,12 @@ def _as_known(error: BaseException) -> QCompilerError | None:
     if (full := disk_full(error)) is not None:
         return CapacityError(f"{full[0]}{' while writing ' + full[1] if full[1] else ''}: {error}")
     return None
+
+
+def _say_notes(error: BaseException) -> None:
+    """What was added to the error on its way: what is left behind, and what to do with it."""
+    for note in getattr(error, "__notes__", ()):
+        _say("note", note)
 
 
 def _say(kind: str, message: str) -> None:

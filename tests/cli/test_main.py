@@ -35,6 +35,23 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 
 
 @pytest.mark.parametrize(
+    ("error", "message"),
+    [(KeyboardInterrupt(), "interrupted: no artifact was written"), (RuntimeError(), "internal error: RuntimeError")],
+)
+def test_what_is_kept_is_named_however_a_command_ends(
+    error: BaseException, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Not only by errors of ours: a hidden folder that is left behind is always said."""
+    monkeypatch.chdir(tmp_path)  # the crash record goes here
+    error.add_note("solved layers are kept in .out.work; --resume goes on from them")
+    failing(monkeypatch, error)
+    main(["doctor"])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-2].startswith(f"qcompiler: {message}")
+    assert lines[-1] == "qcompiler: note: solved layers are kept in .out.work; --resume goes on from them"
+
+
+@pytest.mark.parametrize(
     ("error", "code", "message"),
     [
         (errors.UsageError("u"), 2, "error: u"),
