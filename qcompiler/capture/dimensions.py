@@ -20,7 +20,7 @@ _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 _TOTAL = {"past_length + length", "length + past_length"}
 
 
-def name_dimensions(model: onnx_ir.Model, axes: dict[str, dict[int, str]]) -> None:
+def name_dimensions(model: onnx_ir.Model, axes: dict[str, dict[int, str]], description: str = "the model") -> None:
     """Rename the tracer's symbols everywhere in `model`:   s70, s36 + s70  ─▶  length, total_length
 
     Raises `UnsupportedError` where the tracer fixed an axis that varies.
@@ -32,7 +32,7 @@ def name_dimensions(model: onnx_ir.Model, axes: dict[str, dict[int, str]]) -> No
         wanted = axes.get(str(value.name).removeprefix("input."), {})
         for axis, dimension in enumerate(value.shape):
             if axis in wanted and isinstance(dimension, int):
-                raise _fixed(str(value.name), wanted[axis], dimension)
+                raise _fixed(description, str(value.name), wanted[axis], dimension)
             if isinstance(dimension, onnx_ir.SymbolicDim) and dimension.value is not None and axis in wanted:
                 names.setdefault(dimension.value, wanted[axis])
     for graph in model.graphs():
@@ -48,9 +48,9 @@ def name_dimensions(model: onnx_ir.Model, axes: dict[str, dict[int, str]]) -> No
             )
 
 
-def _fixed(path: str, name: str, size: int) -> UnsupportedError:
+def _fixed(description: str, path: str, name: str, size: int) -> UnsupportedError:
     return UnsupportedError(
-        f"the model's own code holds the {name} of {path} at {size}, the size that it was traced with; expected one that "
+        f"{description}: its own code holds the {name} of {path} at {size}, the size that it was traced with; expected one that "
         "works with any: give example inputs and dynamic_shapes to compile it for this size"
     )
 
@@ -70,7 +70,7 @@ def limit_lengths(module: torch.nn.Module, prepared: Prepared) -> None:
     limit = ANY_STEP if prepared.kind == "decoder" else _ANY_TEXT
     found = longest(module, prepared, limit)
     if found <= 2:
-        raise _fixed("input_ids", "length", prepared.inputs["input_ids"].shape[1])
+        raise _fixed(prepared.description, "input_ids", "length", prepared.inputs["input_ids"].shape[1])
     if found < limit and prepared.kind == "decoder":
         prepared.step = found
     elif found < (_positions(prepared.module) or limit):
@@ -127,7 +127,7 @@ def program_ports(program: torch.export.ExportedProgram, prepared: Prepared) -> 
         for axis, name in prepared.axes.get(path, {}).items():
             size = str(nodes[placeholder].shape[axis])
             if size.isdigit():
-                raise _fixed(path, name, int(size))
+                raise _fixed(prepared.description, path, name, int(size))
             names.setdefault(size, name)
 
     def shape(value: torch.Tensor) -> tuple[int | str, ...]:

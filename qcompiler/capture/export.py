@@ -25,7 +25,7 @@ def export_onnx(prepared: Prepared, quantizer: ExportQuantizer | None) -> onnx_i
     with _exporting(prepared, quantizer, "ONNX") as ours:
         config = OnnxConfig(dynamic=True, dynamic_shapes=prepared.dynamic_shapes, quantizer=ours)
         model = OnnxExporter().export(cast(PreTrainedModel, prepared.module), prepared.arguments(), config).program
-    name_dimensions(model, prepared.axes)
+    name_dimensions(model, prepared.axes, prepared.description)
     return model
 
 

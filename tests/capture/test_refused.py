@@ -62,7 +62,7 @@ def test_an_encoder_that_fixes_its_length_is_refused_and_named() -> None:
         vocab_size=64, block_sizes=[1, 1], num_decoder_layers=1, d_model=32, n_head=2, d_head=16, d_inner=32
     )
     prepared = prepare(transformers.FunnelModel(config))
-    with pytest.raises(UnsupportedError, match="holds the length of .* at 11"):
+    with pytest.raises(UnsupportedError, match="funnel: its own code holds the length of .* at 11"):
         prepared.export_onnx()
-    with pytest.raises(UnsupportedError, match="holds the length of .* at 11"):
+    with pytest.raises(UnsupportedError, match="funnel: its own code holds the length of .* at 11"):
         program_ports(prepared.export_torch(), prepared)
