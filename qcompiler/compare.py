@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import re
-import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -269,7 +268,7 @@ def _speed(
         for run in decoders:
             run.has("speed", beside)
         return
-    from qcompiler.runtime.bench import bench
+    from qcompiler.runtime.bench import bench, spread
 
     reporter.stage("speed")
     context = min((run.found["compile"]["context"] or given["new_tokens"] * 4 for run in decoders), default=0)
@@ -282,12 +281,8 @@ def _speed(
             samples[run.name].append(bench(run.path, repeats=1, threads=threads, seed=number, **given))
     for run in decoders:
         taken = samples[run.name]
-        run.found["speed"] = {"key": beside, **{name: _spread([s[name]["median"] for s in taken]) for name in _SPEEDS}}
+        run.found["speed"] = {"key": beside, **{name: spread([s[name]["median"] for s in taken]) for name in _SPEEDS}}
         store.save(run)
-
-
-def _spread(samples: list[float]) -> dict[str, Any]:
-    return {"median": statistics.median(samples), "min": min(samples), "max": max(samples), "samples": samples}
 
 
 def _row(run: Run, kept: bool) -> dict[str, Any]:

@@ -66,8 +66,8 @@ def bench(
         steps.extend(1000 * seconds for seconds in step_seconds)
     return {
         "load_seconds": load_seconds,
-        "prefill_tokens_per_second": _spread(prefill),
-        "decode_tokens_per_second": _spread(decode),
+        "prefill_tokens_per_second": spread(prefill),
+        "decode_tokens_per_second": spread(decode),
         "milliseconds_per_token": {
             "median": statistics.median(steps),
             "p10": float(np.percentile(steps, 10)),
@@ -99,7 +99,8 @@ def _run(session: Session, prompt: np.ndarray, new_tokens: int) -> tuple[float, 
     return prompt_seconds, step_seconds
 
 
-def _spread(samples: list[float]) -> dict[str, Any]:
+def spread(samples: list[float]) -> dict[str, Any]:
+    """`median`, `min`, `max` and the samples themselves."""
     return {"median": statistics.median(samples), "min": min(samples), "max": max(samples), "samples": samples}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from qcompiler.graph.edit import args
-from qcompiler.graph.text import module_path, op_name
+from qcompiler.graph.text import describe
 from qcompiler.ops.observe import OBSERVE
 from qcompiler.passes.analyse.fold_constants import CASTS, MOVES
 from qcompiler.passes.analyse.fold_shapes import run
@@ -46,26 +46,21 @@ def propagate(trace: Trace, node: Node, passed: frozenset[str]) -> Result:
     try:
         return rule(trace, node, passed)
     except (RuntimeError, TypeError, IndexError) as error:
-        raise Blocked(f"the channels cannot be followed through {_name(node)}: {str(error).splitlines()[0]}") from error
-
-
-def _name(node: Node) -> str:
-    path = module_path(node)
-    return f"{op_name(node.target)} in {path}" if path else f"{op_name(node.target)} ({node.name})"
+        raise Blocked(f"the channels cannot be followed through {describe(node)}: {str(error).splitlines()[0]}") from error
 
 
 def _refusal(node: Node) -> str:
     if node.target in _NORMS:
-        return f"{_name(node)} normalises the value: it does not commute with a channel scale"
+        return f"{describe(node)} normalises the value: it does not commute with a channel scale"
     if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-        return f"{_name(node)} writes in place"
-    return f"{_name(node)} does not commute with a channel scale"
+        return f"{describe(node)} writes in place"
+    return f"{describe(node)} does not commute with a channel scale"
 
 
 def _need(trace: Trace, node: Node, value: object) -> torch.Tensor:
     labels = trace.labels(value)
     if labels is None:
-        raise Blocked(f"{_name(node)} does not commute with a channel scale")
+        raise Blocked(f"{describe(node)} does not commute with a channel scale")
     return labels
 
 
@@ -75,7 +70,7 @@ def _moves(trace: Trace, node: Node, passed: frozenset[str]) -> Result:
 
 def _same(trace: Trace, node: Node, passed: frozenset[str]) -> Result:
     if not node.meta["val"].dtype.is_floating_point:
-        raise Blocked(f"{_name(node)} rounds the value to {node.meta['val'].dtype}")
+        raise Blocked(f"{describe(node)} rounds the value to {node.meta['val'].dtype}")
     return _need(trace, node, args(node)[0]), NOTHING
 
 
@@ -91,14 +86,14 @@ def _multiplied(trace: Trace, node: Node, passed: frozenset[str]) -> Result:
     left, right = args(node)[:2]
     labels = [trace.labels(left), trace.labels(right)]
     if labels[0] is not None and labels[1] is not None:
-        raise Blocked(f"{_name(node)} multiplies two values that both carry the scale")
+        raise Blocked(f"{describe(node)} multiplies two values that both carry the scale")
     carrier, other = (0, right) if labels[0] is not None else (1, left)
     if carrier == 1 and node.target is aten.div.Tensor:
-        raise Blocked(f"{_name(node)} divides by the value")
+        raise Blocked(f"{describe(node)} divides by the value")
     computed = isinstance(other, Node) and other.op != "get_attr" and trace.constant(other) is None
     computed = computed and isinstance(other.meta.get("val"), torch.Tensor)
     if computed and "attention" in passed and not trace.around.gated_attention:
-        raise Blocked(f"{_name(node)} gates the attention's result")
+        raise Blocked(f"{describe(node)} gates the attention's result")
     found = labels[carrier]
     assert found is not None
     return found.expand(trace.sizes.shape(node)), frozenset({"product"}) if computed else NOTHING
@@ -125,13 +120,13 @@ def _added(trace: Trace, node: Node, passed: frozenset[str]) -> Result:
             trace.added.append((view, own))
             return found, NOTHING
     what = "a constant" if not isinstance(other, Node) or other.op == "get_attr" else "a value"
-    raise Blocked(f"{_name(node)} adds {what} that does not carry the scale (a residual branch or an offset)")
+    raise Blocked(f"{describe(node)} adds {what} that does not carry the scale (a residual branch or an offset)")
 
 
 def _agreeing(trace: Trace, node: Node, left: torch.Tensor, right: torch.Tensor) -> Result:
     equal = left == right
     if not bool(equal.all()):
-        reason = f"{_name(node)} adds channels of different scales"
+        reason = f"{describe(node)} adds channels of different scales"
         trace.around.blocked.setdefault(node, reason)
         trace.stop(left[~equal], reason)
         trace.stop(right[~equal], reason)
@@ -157,7 +152,7 @@ def _concatenated(trace: Trace, node: Node, passed: frozenset[str]) -> Result:
             same = bool((known == known.narrow(axis, 0, 1)).all())
             if value.op == "placeholder" and same:
                 if not trace.cached(node, value):
-                    raise Blocked(f"{_name(node)} joins the value with {value.target}, an input that does not carry the scale")
+                    raise Blocked(f"{describe(node)} joins the value with {value.target}, an input that does not carry the scale")
                 labels = known.narrow(axis, 0, 1).expand(shape)
             else:
                 labels = torch.full(shape, -1, dtype=torch.int64)
@@ -173,17 +168,17 @@ def _matmul(trace: Trace, node: Node, passed: frozenset[str]) -> Result:
     left, right = args(node)[:2]
     labels = [trace.labels(left), trace.labels(right)]
     if labels[0] is not None and labels[1] is not None:
-        raise Blocked(f"{_name(node)} multiplies two values that both carry the scale")
+        raise Blocked(f"{describe(node)} multiplies two values that both carry the scale")
     found, axis = (labels[0], -1) if labels[0] is not None else (labels[1], -2)
     assert found is not None
     if found.dim() < 2 or not _constant_along(found, axis):
-        raise Blocked(f"{_name(node)} sums over the scaled channels (queries meet keys, or a product of two values)")
+        raise Blocked(f"{describe(node)} sums over the scaled channels (queries meet keys, or a product of two values)")
     return found.narrow(axis, 0, 1).expand(trace.sizes.shape(node)), frozenset({"attention"})
 
 
 def _attention(trace: Trace, node: Node, passed: frozenset[str]) -> Result:
     value = trace.labels(args(node)[2])
-    reason = f"{_name(node)} sums over the scaled channels (queries meet keys)"
+    reason = f"{describe(node)} sums over the scaled channels (queries meet keys)"
     # One linear may make all three: its queries and keys stop here, its values go on.
     for other in (*args(node)[:2], *args(node)[3:]):
         labels = trace.labels(other)
@@ -192,7 +187,7 @@ def _attention(trace: Trace, node: Node, passed: frozenset[str]) -> Result:
     if value is None:
         return torch.full(trace.sizes.shape(node), -1, dtype=torch.int64), NOTHING
     if not _constant_along(value, -2):
-        raise Blocked(f"{_name(node)} mixes tokens whose scales differ")
+        raise Blocked(f"{describe(node)} mixes tokens whose scales differ")
     value = value.narrow(-2, 0, 1)
     shape = trace.sizes.shape(node)
     if node.kwargs.get("enable_gqa"):
@@ -204,7 +199,7 @@ def _reduced(trace: Trace, node: Node, passed: frozenset[str]) -> Result:
     labels = _need(trace, node, args(node)[0])
     axes = args(node)[1]
     if not axes or any(not _constant_along(labels, axis) for axis in axes):
-        raise Blocked(f"{_name(node)} sums over the scaled channels")
+        raise Blocked(f"{describe(node)} sums over the scaled channels")
     kept = len(args(node)) > 2 and args(node)[2]
     rank = labels.dim()
     for axis in sorted((axis % rank for axis in axes), reverse=True):
@@ -216,13 +211,13 @@ def _indexed(trace: Trace, node: Node, passed: frozenset[str]) -> Result:
     labels = _need(trace, node, args(node)[0])
     positions = [(axis, index) for axis, index in enumerate(args(node)[1]) if index is not None]
     if len(positions) != 1:
-        raise Blocked(f"{_name(node)} picks by several indices at once")
+        raise Blocked(f"{describe(node)} picks by several indices at once")
     ((axis, index),) = positions
     known = _integers(trace, index, labels.shape[axis])
     if known is not None:
         return labels.index_select(axis, known.reshape(-1)).reshape(trace.sizes.shape(node)), NOTHING
     if not _constant_along(labels, axis):
-        raise Blocked(f"{_name(node)} picks among the scaled channels by computed indices")
+        raise Blocked(f"{describe(node)} picks among the scaled channels by computed indices")
     rank = len(trace.sizes.shape(index))
     one = labels.select(axis, 0)
     return one.reshape(*one.shape[:axis], *[1] * rank, *one.shape[axis:]).expand(trace.sizes.shape(node)), NOTHING
@@ -240,21 +235,21 @@ def _integers(trace: Trace, node: Node, size: int) -> torch.Tensor | None:
 
 def _filled(trace: Trace, node: Node, passed: frozenset[str]) -> Result:
     if args(node)[2] != 0:
-        raise Blocked(f"{_name(node)} fills in a number that does not carry the scale")
+        raise Blocked(f"{describe(node)} fills in a number that does not carry the scale")
     return _need(trace, node, args(node)[0]).expand(trace.sizes.shape(node)), NOTHING
 
 
 def _selected(trace: Trace, node: Node, passed: frozenset[str]) -> Result:
     condition, *sides = args(node)[:3]
     if trace.labels(condition) is not None:
-        raise Blocked(f"{_name(node)} chooses by the value")
+        raise Blocked(f"{describe(node)} chooses by the value")
     shape = trace.sizes.shape(node)
     labels = [trace.labels(side) for side in sides]
     known = [found.expand(shape) for found in labels if found is not None]
     if len(known) == 2:
         return _agreeing(trace, node, known[0], known[1])
     if any(found is None and not _is_zero(trace, side) for found, side in zip(labels, sides, strict=True)):
-        raise Blocked(f"{_name(node)} puts a value in place that does not carry the scale")
+        raise Blocked(f"{describe(node)} puts a value in place that does not carry the scale")
     return known[0], NOTHING
 
 

@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from qcompiler.graph.edit import args
 from qcompiler.graph.graph import Graph
-from qcompiler.graph.text import module_path, op_name
+from qcompiler.graph.text import describe
 from qcompiler.ops.experts_linear import EXPERTS_LINEAR
 from qcompiler.passes.analyse import fold_rules
 from qcompiler.passes.analyse.fold_constants import ConstantView, Sharing, constant_view
@@ -58,12 +58,6 @@ class Surroundings:
         self.position = {node: index for index, node in enumerate(nodes)}
         self.returned = set(nodes[-1].all_input_nodes)
         self.blocked: dict[Node, str] = {}
-
-
-def describe(node: Node) -> str:
-    """`aten.gelu in layers.0.mlp.act`."""
-    path = module_path(node)
-    return f"{op_name(node.target)} in {path}" if path else f"{op_name(node.target)} ({node.name})"
 
 
 class Trace:

@@ -22,10 +22,11 @@ from torch.fx import Node
 
 from qcompiler.graph.edit import args
 from qcompiler.graph.graph import Graph, Site
+from qcompiler.graph.text import describe
 from qcompiler.ops.experts_linear import EXPERTS_LINEAR
 from qcompiler.passes.analyse.find_groups import input_value
 from qcompiler.passes.analyse.fold_constants import ConstantView, constant_view
-from qcompiler.passes.analyse.fold_trace import Reached, Surroundings, Trace, describe
+from qcompiler.passes.analyse.fold_trace import Reached, Surroundings, Trace
 from qcompiler.passes.analyse.walk import ATTENTIONS, PRODUCTS
 
 aten = torch.ops.aten

@@ -8,6 +8,7 @@ from torch.fx import GraphModule, Node
 from qcompiler.graph.constants import attribute
 from qcompiler.graph.edit import args
 from qcompiler.passes.analyse.walk import PARTS, PLAIN, PRODUCTS
+from qcompiler.passes.normalise.experts_forms import is_grouped
 
 aten = torch.ops.aten
 
@@ -27,7 +28,7 @@ def find_leftovers(module: GraphModule, sites: set[str]) -> dict[str, tuple[int,
     """name -> (bytes, why) for every constant of two axes or more that a product reads and that no site owns."""
     found: dict[str, tuple[int, str]] = {}
     for node in module.graph.nodes:
-        if node.op != "call_function" or not (node.target in _MATRIX_PRODUCTS | _CONVOLUTIONS or _grouped(node)):
+        if node.op != "call_function" or not (node.target in _MATRIX_PRODUCTS | _CONVOLUTIONS or is_grouped(node)):
             continue
         for name, picked in _constants(node):
             if name in sites or name in found:
@@ -36,11 +37,6 @@ def find_leftovers(module: GraphModule, sites: set[str]) -> dict[str, tuple[int,
             if isinstance(tensor, torch.Tensor) and tensor.dim() >= 2 and tensor.is_floating_point():
                 found[name] = (tensor.numel() * tensor.element_size(), _reason(node, tensor, picked))
     return found
-
-
-def _grouped(node: Node) -> bool:
-    """A product of groups of rows with a matrix each; PyTorch and transformers have one under different names."""
-    return isinstance(node.target, torch._ops.OpOverload) and "grouped_mm" in node.target._schema.name
 
 
 def _constants(node: Node) -> list[tuple[str, bool]]:
@@ -73,7 +69,7 @@ def _reason(node: Node, tensor: torch.Tensor, picked: bool) -> str:
     op = str(node.target).removesuffix(".default")
     if node.target in _CONVOLUTIONS:
         return f"{op}: convolutions stay in float"
-    if tensor.dim() == 3 and (picked or _grouped(node) or node.target in (aten.bmm.default, aten.baddbmm.default)):
+    if tensor.dim() == 3 and (picked or is_grouped(node) or node.target in (aten.bmm.default, aten.baddbmm.default)):
         return f"{op}: a stack of {tensor.shape[0]} matrices, in a form that is not read as one matrix for each row"
     if picked:
         return f"{op}: rows of the weight are picked by computed indices"

@@ -120,6 +120,12 @@ def module_path(node: Node) -> str:
     return "" if path.startswith("_empty_nn_module_stack") else path
 
 
+def describe(node: Node) -> str:
+    """`aten.gelu in layers.0.mlp.act`."""
+    path = module_path(node)
+    return f"{op_name(node.target)} in {path}" if path else f"{op_name(node.target)} ({node.name})"
+
+
 def _names(nodes: Iterable[Node]) -> dict[Node, str]:
     names: dict[Node, str] = {}
     taken: set[str] = set()

@@ -249,7 +249,7 @@ def sqnr_db(reference: torch.Tensor, approximation: torch.Tensor) -> float:
     for x, y in zip(reference.reshape(-1).split(CHUNK), approximation.reshape(-1).split(CHUNK), strict=True):
         signal += x.double().square().sum().item()
         noise += (x.double() - y).square().sum().item()
-    return _decibel(signal, noise)
+    return decibel(signal, noise)
 
 
 def weight_sqnr_db(weight: torch.Tensor, solution: AffineWeight) -> float:
@@ -261,10 +261,11 @@ def weight_sqnr_db(weight: torch.Tensor, solution: AffineWeight) -> float:
         x = weight[rows].double()
         signal += x.square().sum().item()
         noise += (x - solution.dequantize(rows)).square().sum().item()
-    return _decibel(signal, noise)
+    return decibel(signal, noise)
 
 
-def _decibel(signal: float, noise: float) -> float:
+def decibel(signal: float, noise: float) -> float:
+    """10·log10(signal / noise); infinite without noise, minus infinity without signal."""
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from qcompiler.numerics.affine import AffineWeight, _decibel
+from qcompiler.numerics.affine import AffineWeight, decibel
 
 
 def stack(matrices: Sequence[AffineWeight]) -> AffineWeight:
@@ -51,4 +51,4 @@ def solve_stack(
             raise ValueError(f"expert {expert}: {error}") from error
         signal += weight.double().square().sum().item()
         noise += (weight.double() - solved[-1].dequantize()).square().sum().item()
-    return stack(solved), _decibel(signal, noise)
+    return stack(solved), decibel(signal, noise)

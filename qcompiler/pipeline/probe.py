@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Interpreter, Node
 from torch.fx.node import map_arg
 
-from qcompiler.numerics.affine import CHUNK
+from qcompiler.numerics.affine import CHUNK, decibel
 from qcompiler.passes.rewrite.quantize_sites import packed
 from qcompiler.passes.rewrite.site_product import SiteProduct
 
@@ -92,10 +91,4 @@ def output_sqnr(graph: Graph, context: Context, samples: list[dict[str, Any]]) -
     for name, missed in probe.missed().items():
         numbers = ", ".join(map(str, missed))
         context.reporter.note(f"{name}: no row of the samples meets expert {numbers}; measured without")
-    return {name: _db(signal, noise) for name, (signal, noise) in probe.sums.items()}
-
-
-def _db(signal: float, noise: float) -> float:
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
+    return {name: decibel(signal, noise) for name, (signal, noise) in probe.sums.items()}
