@@ -53,7 +53,7 @@ class RoundToNearest(Pass):
 
     def run(self, graph: Graph, context: Context) -> Report:
         report = Report()
-        check_selector(self.name, self.select, graph)
+        check_selector(self.name, self.select, graph, context)
         unsolved = [s for s in graph.sites if s.name in context.schemes and s.name not in context.solutions]
         todo = [s for s in unsolved if self._takes(s)]
         report.matched = len(todo)

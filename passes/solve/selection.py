@@ -21,7 +21,7 @@ def unsolved(
     The head is left out unless `head` says otherwise or the selection names it: it is most of a small model's statistics
     and the least sensitive to what they are for.
     """
-    check_selector(step, select, graph)
+    check_selector(step, select, graph, context)
     chosen: list[Site] = []
     skipped: list[Skip] = []
     for site in graph.sites:

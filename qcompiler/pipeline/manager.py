@@ -70,7 +70,7 @@ class PassManager:
         for position, step in enumerate(passes):
             context.reporter.stage(step.name)
             if (select := getattr(step, "select", None)) is not None:
-                check_selector(step.name, select, graph)
+                check_selector(step.name, select, graph, context)
             before = len(graph.module.graph.nodes)
             with self.watched(graph) as timing:
                 report = step.run(graph, context)

@@ -9,16 +9,19 @@ from qcompiler.errors import UsageError
 
 if TYPE_CHECKING:
     from qcompiler.graph.graph import Graph
+    from qcompiler.pipeline.context import Context
     from qcompiler.recipe.schema import Select
 
 
-def check_selector(step: str, select: Select, graph: Graph) -> None:
-    """Refuse a selector that names no site of the graph.
+def check_selector(step: str, select: Select, graph: Graph, context: Context) -> None:
+    """Refuse a selector that names no site of the graph, unless the recipe allows the pass to match nothing.
 
     Raises:
         UsageError: lists the nearest names and the roles that there are.
     """
-    if not graph.sites or any(select.matches(site.name, site.role, site.size) for site in graph.sites):
+    if step in context.recipe.allow.unmatched or not graph.sites:
+        return
+    if any(select.matches(site.name, site.role, site.size) for site in graph.sites):
         return
     wanted = select.name or select.role or ""
     names = [site.name for site in graph.sites]
@@ -26,5 +29,5 @@ def check_selector(step: str, select: Select, graph: Graph) -> None:
     near = difflib.get_close_matches(wanted.replace("*", ""), names + roles, n=4, cutoff=0.0)
     raise UsageError(
         f"{step}: its selection ({select}) names no layer; nearest: {', '.join(near)}; "
-        f"roles here: {', '.join(roles) or 'none'}"
+        f"roles here: {', '.join(roles) or 'none'}. Allow it with the recipe's allow: {{unmatched: [{step}]}}"
     )

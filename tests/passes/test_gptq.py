@@ -12,9 +12,10 @@ from qcompiler.numerics import affine
 from qcompiler.passes.rewrite.quantize_sites import QuantizeSites
 from qcompiler.passes.solve.gptq import Gptq
 from qcompiler.passes.solve.round_to_nearest import RoundToNearest
+from qcompiler.passes.transform.smooth_quant import SmoothQuant
 from qcompiler.pipeline.manager import PassManager
 from qcompiler.pipeline.trace import Trace
-from qcompiler.recipe.schema import Select
+from qcompiler.recipe.schema import Allow, Select
 from qcompiler.sweep import Sweep
 from tests.captures import analysed
 from tests.sweep.prepared_context import context_of, linear_sites
@@ -104,6 +105,18 @@ def test_a_selector_that_names_nothing_lists_the_nearest():
         Gptq(select=Select(name="*.mlp.down_prj")).run(model.graph, context_of(model))
     with pytest.raises(UsageError, match=r"round_to_nearest: .*names no layer"):
         RoundToNearest(select=Select(role="attn.x")).run(model.graph, context_of(model))
+
+
+def test_a_selector_may_name_nothing_where_the_recipe_allows_it():
+    model = analysed("llama")
+    context = context_of(model)
+    context.recipe = dataclasses.replace(context.recipe, allow=Allow(unmatched=("gptq", "smooth_quant")))
+    steps = [SmoothQuant(select=Select(name="x")), Gptq(select=Select(role="attn.qkv"))]
+    PassManager(Trace()).run(model.graph, context, steps)
+    assert not context.solutions
+    for step in steps:  # each by itself, whatever it does with its selection
+        with pytest.raises(UsageError, match=rf"{step.name}: .*names no layer; nearest: .*unmatched: \[{step.name}\]"):
+            PassManager(Trace()).run(model.graph, context_of(model), [step])
 
 
 def test_a_pass_that_finds_everything_solved_fails_by_name():
