@@ -57,7 +57,10 @@ def sigterm_postponed(wanted: bool = True) -> Iterator[Postponed]:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back until the block is left: for the few steps that must not stop half-way."""
+    """Hold SIGINT and SIGTERM back until the block is left: for the few steps that must not stop half-way.
+
+    A handler that the block itself installs stays.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -65,13 +68,18 @@ def deferred() -> Iterator[None]:
     numbers = (signal.SIGINT, signal.SIGTERM)
     # Handlers that were not set from Python read as None and could not be put back: those signals stay as they are.
     before: dict[int, Any] = {n: handler for n in numbers if (handler := signal.getsignal(n)) is not None}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        arrived.append((number, frame))
+
     for number in before:
-        signal.signal(number, lambda n, frame: arrived.append((n, frame)))
+        signal.signal(number, note)
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is note:
+                signal.signal(number, handler)
         for number, frame in arrived[:1]:
             handler = before[number]
             if callable(handler):

@@ -249,6 +249,7 @@ def test_a_forked_worker_does_not_remove_its_parents_output(tmp_path: Path) -> N
 
 
 def test_handlers_are_as_before_afterwards(tmp_path: Path) -> None:
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "an earlier test left a handler behind"
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     fake.write(tmp_path / "out")
     with pytest.raises(RuntimeError), ArtifactWriter(tmp_path / "out", overwrite=True):
