@@ -228,6 +228,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=SAMPLES, help=samples)
     parser.add_argument("--windows", type=int, help="evaluation windows (default: the whole text)")
     parser.add_argument("--only", metavar="WORD", help="variants whose name holds this word")
+    parser.add_argument("--without", metavar="WORD", help="no variants whose name holds this word")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--quiet", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
@@ -237,6 +238,7 @@ def main() -> int:
     if unknown:
         parser.error(f"unknown section {', '.join(unknown)}; known: {', '.join(SECTIONS)}")
     chosen = [v for s in sections for v in variants(s, options.model) if not options.only or options.only in v.name]
+    chosen = [variant for variant in chosen if not options.without or options.without not in variant.name]
     results = measure(options.model, chosen, list(range(options.seeds)), options)
     judged = [judge(c, results) for c in claims() if c.base in results and c.better in results]
     print(table(results, judged))
