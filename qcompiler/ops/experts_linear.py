@@ -56,8 +56,25 @@ def _fake(x, expert, weight, bias=None):
     return x.new_empty((x.shape[0], weight.shape[1]))
 
 
+def _save(ctx, inputs, output) -> None:
+    _, expert, weight, _ = inputs
+    ctx.save_for_backward(expert, weight)
+
+
+def _backward(ctx, gradient: torch.Tensor):
+    """Of x alone: what tunes the layers before a mixture. Its own matrices are constants."""
+    if any(ctx.needs_input_grad[2:]):
+        raise NotImplementedError("experts_linear has no gradient for its weight and bias, which are constants of a graph")
+    expert, weight = ctx.saved_tensors
+    result = gradient.new_empty((gradient.shape[0], weight.shape[2]))
+    for index, rows in rows_by_expert(expert, weight.shape[0]):
+        result[rows] = gradient[rows] @ weight[index].to(gradient.dtype)
+    return result, None, None, None
+
+
 _library.define("experts_linear(Tensor x, Tensor expert, Tensor weight, Tensor? bias=None) -> Tensor")
 _library.impl("experts_linear", experts_linear, "CompositeExplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::experts_linear", _fake, lib=_library)
+torch.library.register_autograd(f"{NAMESPACE}::experts_linear", _backward, setup_context=_save, lib=_library)
 
 EXPERTS_LINEAR: torch._ops.OpOverload = torch.ops.qcompiler_graph.experts_linear.default

@@ -70,3 +70,14 @@ def test_onnx_form(biased: bool) -> None:
     np.testing.assert_allclose(run(x[2:3], expert[2:3]), expected[2:3], rtol=1e-5, atol=1e-5)
     with pytest.raises(Exception, match="(?i)out of.* bounds|indices"):
         run(x, torch.full_like(expert, E))
+
+
+def test_the_gradient_of_the_rows():
+    """A block that holds a mixture is tuned through it."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.randn(4, 3, 5, dtype=torch.float64, generator=generator)
+    expert = torch.tensor([3, 0, 0, 2, 3, 3, 0])
+    assert torch.autograd.gradcheck(lambda rows: EXPERTS_LINEAR(rows, expert, weight), (x,))
+    with pytest.raises(NotImplementedError, match="no gradient for its weight"):
+        EXPERTS_LINEAR(x, expert, weight.requires_grad_()).sum().backward()
