@@ -31,6 +31,7 @@ EVERY = [
 # How many of the two attentions ONNX Runtime's fusion takes whole; the others stay products and softmax.
 UNFUSED = {
     "gemma2", "bloom", "falcon", "falcon_alibi", "gpt_oss", "codegen", "mpt", "gpt_neo", "xglm",
+    "deepseek_v2", "deepseek_v3", "jetmoe",
 }  # fmt: skip
 
 
