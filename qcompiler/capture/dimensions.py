@@ -93,9 +93,13 @@ def longest(module: torch.nn.Module, prepared: Prepared, limit: int) -> int:
     if guards is None:
         return limit
     tensors = get_leaf_tensors(prepared.inputs)
+    # At its last position a model's code may do something else, and beyond it has nothing to compute with: that is no limit
+    # of the trace.
+    room = (_positions(prepared.module) or limit + 301) - 1
+    most = max(min(limit, room - 7), 3)
 
     def holds(length: int) -> bool:
-        for past in (7, 300):
+        for past in (7, max(7, min(300, room - length))):
             sizes = {"length": length, "past_length": past, "total_length": past + length}
             axes = [prepared.axes[path] for path in tensors]
             shapes = [
@@ -108,8 +112,8 @@ def longest(module: torch.nn.Module, prepared: Prepared, limit: int) -> int:
                 return False
         return True
 
-    low, high = 2, limit
-    if all(map(holds, (limit, limit - 1, limit // 2 + 1, 3))):
+    low, high = 2, most
+    if all(map(holds, (most, most - 1, most // 2 + 1, 3))):
         return limit
     while low < high:
         middle = (low + high + 1) // 2

@@ -12,6 +12,7 @@ import transformers
 import qcompiler
 from qcompiler.errors import CapacityError
 from qcompiler.runtime.session import Session
+from tests.models import tiny
 
 LONGEST = 28  # of blocks of 4 with one at random: (5 + 2 * 1) * 4
 
@@ -43,3 +44,9 @@ def test_any_other_says_nothing_of_it(tmp_path: Path) -> None:
     model = transformers.BertModel(config).eval()
     result = qcompiler.compile(model, output=tmp_path / "out", recipe="int8", samples=0)
     assert "longest" not in result.manifest and Session(tmp_path / "out").artifact.longest is None
+
+
+def test_the_end_of_a_model_s_positions_is_no_limit_of_the_trace(tmp_path: Path) -> None:
+    # Its code asks whether the text fills the table of positions, which leaves a guard there.
+    result = qcompiler.compile(tiny("gpt_neo"), output=tmp_path / "out", recipe="int8", samples=0)
+    assert result.manifest["cache"].get("step") is None
