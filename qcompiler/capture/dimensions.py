@@ -73,7 +73,7 @@ def limit_lengths(module: torch.nn.Module, prepared: Prepared) -> None:
         raise _fixed(prepared.description, "input_ids", "length", prepared.inputs["input_ids"].shape[1])
     if found < limit and prepared.kind == "decoder":
         prepared.step = found
-    elif found < (_positions(prepared.module) or limit):
+    elif found < min(_positions(prepared.module) or limit, limit):
         prepared.longest = found
 
 

@@ -56,10 +56,10 @@ def read(path: Path, name: str) -> Any:
 def test_manifest(partly: Path) -> None:
     documented = keys(example("manifest.json"))
     decoder, module = (keys(read(path, "manifest.json")) for path in (reference("int4").path, partly))
-    # An artifact without unfused attention has none to describe.
-    unfused = {".unfused[].node", ".unfused[].reason"}
-    assert decoder | unfused == documented
-    assert module == {key for key in documented - unfused if not re.match(r"\.(cache|tokens)\.|.*\.layer$", key)}
+    # An artifact without unfused attention has none to describe, one without states no states.
+    absent = {".unfused[].node", ".unfused[].reason"} | {f".cache.states[].{key}" for key in ("layer", "past", "present")}
+    assert decoder | absent == documented
+    assert module == {key for key in documented - absent if not re.match(r"\.(cache|tokens)\.|.*\.layer$", key)}
     assert read(partly, "manifest.json")["allowed"]["min_coverage"] == 0.5
 
 
