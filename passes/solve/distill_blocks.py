@@ -14,12 +14,14 @@ import torch
 
 from qcompiler.errors import UsageError
 from qcompiler.numerics.straight_through import FakeLinear
+from qcompiler.ops.formats import Activation
 from qcompiler.passes.solve.weights import quantizable_weight
 from qcompiler.pipeline.passes import Pass, Report, Skip
 from qcompiler.recipe.schema import Select
 from qcompiler.sweep.budget import Costs
 from qcompiler.sweep.order import Order, good_cuts
 from qcompiler.sweep.sweep import Segment, Sweep
+from qcompiler.sweep.values import Values
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -75,7 +77,11 @@ class DistillBlocks(Pass):
 
     def run(self, graph: Graph, context: Context) -> Report:
         sites = [s for s in graph.sites if s.kind == "linear" and s.name in context.solutions and self._takes(s)]
+        beside = [s for s in sites if s.name in context.outliers]
+        sites = [s for s in sites if s.name not in context.outliers]
         report = Report(matched=len(sites))
+        why = "has columns in float beside its product; computed in float while its block is tuned"
+        report.skipped = [Skip(s.name, why) for s in beside]
         if not sites:
             return report
         costs = Costs(segment=lambda site: 4 * COPIES * site.shape[0] * site.shape[1])
@@ -116,7 +122,10 @@ class _Block:
         self.train = list(range(segment.samples - held))
         self.held = list(range(segment.samples - held, segment.samples))
         self.wanted = [node for node in segment.outputs if _floating(node)]
-        self.teacher: dict[int, list[torch.Tensor]] = {}
+        # Of every sample; beyond a budget in a file, like everything that is kept of all samples.
+        self.teacher = Values(self.wanted, context.scratch if context.memory is not None else None)
+        for sample in range(segment.samples):
+            self.teacher.append(segment.run(sample, self.wanted, {}))
 
     def tune(self) -> dict[str, float]:
         """Tune, keep what is better; `before` and `after` are held-out errors relative to the block's output."""
@@ -130,12 +139,17 @@ class _Block:
         if not after < before:
             for site in self.sites:
                 self.segment.place(site, old[site.name])
+        self.teacher.close()
         return {"before": before, "after": min(after, before), "kept": float(after < before)}
 
     def _student(self, site: Site) -> FakeLinear:
         weight = quantizable_weight(self.graph, self.context, site)
         scheme = self.context.schemes[site.name]
-        return FakeLinear(weight, self.context.solutions[site.name], scheme.activation)
+        static = self.context.static_ranges.get(site.name)
+        activation = scheme.activation
+        if activation is Activation.INT8_STATIC and static is None:
+            activation = Activation.FLOAT  # as the sweep computes it until its range is calibrated
+        return FakeLinear(weight, self.context.solutions[site.name], activation, static)
 
     def _descend(self, students: dict[Node, FakeLinear]) -> None:
         step = self.step
@@ -165,12 +179,10 @@ class _Block:
 
     def _distance(self, values: dict[Node, torch.Tensor], sample: int) -> list[torch.Tensor]:
         """‖y − ỹ‖² / ‖y‖² of every output."""
-        if sample not in self.teacher:
-            twin = self.segment.run(sample, self.wanted, {})
-            self.teacher[sample] = [twin[node] for node in self.wanted]
+        twin = self.teacher[sample]
         return [
             (values[node] - y).square().sum() / y.square().sum().clamp(min=1e-20)
-            for node, y in zip(self.wanted, self.teacher[sample], strict=True)
+            for node, y in twin.items()
         ]
 
 

@@ -82,7 +82,12 @@ def plan_cuts(sweep: Sweep, costs: Costs) -> tuple[list[int], Plan]:
         cuts.add(min(inside, key=lambda c: found.alive[found.cuts.index(c)]))
     used = max(need(stretch) for stretch in found.stretches(cuts))
     # Two sets live at once: the segment's inputs and its outputs.
-    spill = used + 2 * across > limit and sweep.context.scratch is not None
+    spill = used + 2 * across > limit
+    if spill and sweep.context.scratch is None:
+        raise CapacityError(
+            f"a memory budget of {budget:,} bytes does not hold the {across:,} bytes that live between segments, and there is "
+            "no folder to keep them in; give more memory, or compile to an output directory"
+        )
     room = limit - used - (0 if spill else 2 * across)
     return sorted(cuts), Plan(used, spill, max(room, 0))
 
@@ -120,7 +125,7 @@ def _need(sweep: Sweep, stretch: Stretch, costs: Costs) -> int:
             if source.op == "get_attr":
                 widened = max(widened, _copy_bytes(sweep, source))
     streams = 2 if sweep.float_stream else 1
-    packed = sum(site.shape[0] * site.shape[1] * 5 // 4 for wave in stretch.waves for site in wave.sites)
+    packed = sum(site.size * 5 // 4 for wave in stretch.waves for site in wave.sites)
     method = 0
     for wave in stretch.waves:
         statistics = sum(costs.statistics(group) for group in wave.groups)

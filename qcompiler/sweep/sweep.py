@@ -14,7 +14,7 @@ from qcompiler.errors import InputError, UsageError
 from qcompiler.graph.graph import Graph, Site
 from qcompiler.sweep.budget import Costs, plan_cuts
 from qcompiler.sweep.execute import Executor, Product
-from qcompiler.sweep.order import Group, Order, Stretch, Wave, ancestors, order
+from qcompiler.sweep.order import Group, Order, Stretch, Wave, order
 from qcompiler.sweep.product import product
 from qcompiler.sweep.sizes import bindings, node_bytes
 from qcompiler.sweep.values import Values
@@ -242,4 +242,4 @@ def _elements(leaves: list[Any]) -> int:
     return sum(leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
-__all__ = ["Group", "Segment", "Sweep", "Wave", "ancestors"]
+__all__ = ["Group", "Segment", "Sweep", "Wave"]

@@ -142,9 +142,10 @@ def _smallest(model: Analysed) -> int:
     return int(str(refusal.value).rpartition(" is ")[2].split()[0].replace(",", ""))
 
 
-def test_the_smallest_budget_is_enough_and_one_byte_less_is_not():
+def test_the_smallest_budget_is_enough_and_one_byte_less_is_not(tmp_path: Path):
     model = analysed("llama")
     context = context_of(model)
+    context.scratch = tmp_path
     costs = Costs(lambda group: 4 * group.k * group.k)
     context.memory = 1000
     with pytest.raises(CapacityError) as refusal:
@@ -154,6 +155,10 @@ def test_the_smallest_budget_is_enough_and_one_byte_less_is_not():
     Sweep(model.graph, context, linear_sites(model), costs=costs)
     context.memory = int(least * 0.99)
     with pytest.raises(CapacityError):
+        Sweep(model.graph, context, linear_sites(model), costs=costs)
+    # Without a folder what lives between segments has to fit as well: never beyond the budget without a word.
+    context.memory, context.scratch = least, None
+    with pytest.raises(CapacityError, match="no folder to keep them in"):
         Sweep(model.graph, context, linear_sites(model), costs=costs)
 
 
