@@ -22,6 +22,7 @@ _EXPORTS = {
     "Quantizer": "qcompiler.quantizer",
     "Recipe": "qcompiler.recipe",
     "Scheme": "qcompiler.recipe",
+    "VqScheme": "qcompiler.recipe",
     "Select": "qcompiler.recipe",
     "Override": "qcompiler.recipe",
     "Allow": "qcompiler.recipe",
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from qcompiler.errors import QCompilerError
     from qcompiler.evaluate.evaluation import evaluate
     from qcompiler.quantizer import Quantizer
-    from qcompiler.recipe import Allow, Override, Recipe, Scheme, Select
+    from qcompiler.recipe import Allow, Override, Recipe, Scheme, Select, VqScheme
     from qcompiler.recipe.load import load as load_recipe
     from qcompiler.runtime.artifact import open_artifact
     from qcompiler.runtime.generate import generate

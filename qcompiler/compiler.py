@@ -146,7 +146,7 @@ def plan(
     from qcompiler import estimate
     from qcompiler.capture.capture import captured
     from qcompiler.graph.graph import Graph
-    from qcompiler.ops import layout
+    from qcompiler.ops.packing import packed_bytes_of
     from qcompiler.passes import pipeline
     from qcompiler.pipeline.accounting import layers_file, planned_totals
     from qcompiler.pipeline.context import Context
@@ -161,7 +161,7 @@ def plan(
     before, _ = pipeline(chosen)
     decisions = [step for step in before if step.stage in ("normalise", "analyse")]
     PassManager(quantizer.trace).run(graph, quantizer.context, decisions)
-    bytes_of: Callable[..., dict[str, int]] = layout.packed_bytes
+    bytes_of: Callable[..., dict[str, int]] = packed_bytes_of
     if target == "onnx-stock":
         from qcompiler.lower.stock import planned_bytes as bytes_of
     _describe_plan(quantizer, bytes_of)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from qcompiler.errors import UnsupportedError, UsageError
 from qcompiler.ops.formats import Activation
+from qcompiler.ops.packing import packed_bytes_of
 from qcompiler.pipeline.passes import Pass, Report, Skip
+from qcompiler.recipe.schema import VqScheme
 
 if TYPE_CHECKING:
     from qcompiler.graph.graph import Graph, Site
@@ -34,6 +36,10 @@ class AssignFormats(Pass):
             elif k > LARGEST_K:
                 context.left_in_float[site.name] = f"rows of {k} weights; the kernels sum at most {LARGEST_K}"
             else:
+                if isinstance(scheme, VqScheme) and (reason := _no_codebooks(site, scheme)):
+                    reason += f"; {scheme.fallback.weight_format.label} in place of {scheme.weight_format.label}"
+                    report.fallbacks.append(Skip(site.name, reason))
+                    scheme = scheme.fallback
                 group = scheme.weight_format.group
                 if context.recipe.strict_groups and group and k % group:
                     raise UsageError(
@@ -53,6 +59,20 @@ class AssignFormats(Pass):
         _check_ties(graph.sites, context)
         _check_overrides(graph.sites, context, report)
         return report
+
+
+def _no_codebooks(site: Site, scheme: VqScheme) -> str | None:
+    """Why a site cannot be vector-quantized, or None."""
+    if site.kind == "experts":
+        return "there is no op for experts with codebooks"
+    (n, k), format = site.shape, scheme.weight_format
+    vectors = min(n, format.block_rows or n) * -(-min(k, format.block_columns or k) // format.dim)
+    if scheme.fixed is None and vectors < format.centroids:
+        return f"{vectors} vectors of {format.dim} weights in a block are too few for a codebook of {format.centroids}"
+    # Padding is the same waste in every packed format: what the codebooks themselves cost is the question.
+    bits = 8 * (sum(packed_bytes_of(n, k, format).values())) / (n * k)
+    other = 8 * (sum(packed_bytes_of(n, k, scheme.fallback.weight_format).values())) / (n * k)
+    return f"{n} x {k} weights would take {bits:.2f} bits each with codebooks, {other:.2f} without" if bits > other else None
 
 
 def _check_ties(sites: list[Site], context: Context) -> None:

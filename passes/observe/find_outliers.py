@@ -13,7 +13,7 @@ import torch
 
 from qcompiler.ops.formats import Activation
 from qcompiler.pipeline.passes import Pass, Report, Skip
-from qcompiler.recipe.schema import Select
+from qcompiler.recipe.schema import Select, VqScheme
 from qcompiler.sweep import Sweep
 from qcompiler.sweep.reducers import AbsMax
 
@@ -74,6 +74,8 @@ class FindOutliers(Pass):
             reason = context.left_in_float.get(site.name, "no format")
         elif site.kind != "linear":
             reason = f"a site of kind {site.kind} has no mixed product"
+        elif isinstance(scheme, VqScheme):
+            reason = f"{scheme.weight_format.label} has no mixed product"
         elif scheme.activation is Activation.FLOAT:
             reason = "its activations stay in float: outliers widen nothing"
         elif site.name in context.solutions:

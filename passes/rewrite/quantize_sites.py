@@ -4,6 +4,7 @@ linear(x, W, b)   ─▶  qcompiler::linear_nbit(x, codes, scales[, zeros], b[, 
 linear(x, W, b)   ─▶  qcompiler::linear_mixed(x, codes, scales[, zeros], columns, outliers, b[, static range])
 experts_linear(x, i, W, b) ─▶  qcompiler::linear_experts_nbit(x, i, codes, scales[, zeros], b)
 embedding(W, ids) ─▶  qcompiler::embedding_nbit(ids, codes, scales[, zeros])
+vector-quantized  ─▶  qcompiler::linear_vq, embedding_vq: codes, codebooks, codebook_scales, scales
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from qcompiler.errors import GateError
 from qcompiler.graph import constants
 from qcompiler.graph.mapped import kept
-from qcompiler.ops import layout
+from qcompiler.ops.packing import packed_bytes_of
 from qcompiler.ops.spec import SPECS
 from qcompiler.ops.torch_ops import overload
 from qcompiler.passes.rewrite.site_product import WEIGHT, attributes, op_name, own_bytes, own_tensors, pack
@@ -67,9 +68,9 @@ class QuantizeSites(Pass):
             own = own_tensors(site, solution, scheme, context, weight)
             for name, tensor in own.items():
                 constants.add_buffer(graph.module, f"{site.name}.{name}", tensor)
-            self._replace(graph, site, owner, own, attributes(site, solution, scheme))
+            self._replace(graph, site, owner, op_name(site, solution, own), attributes(site, solution, scheme))
             beside = own_bytes(site, own)
-            packed_size = site.experts * sum(layout.packed_bytes(*site.shape, solution.format).values())
+            packed_size = site.experts * sum(packed_bytes_of(*site.shape, solution.format).values())
             size = packed_size + sum(beside.values())
             report.layers[site.name] = {
                 "format": solution.format.label,
@@ -89,11 +90,11 @@ class QuantizeSites(Pass):
 
     @staticmethod
     def _replace(
-        graph: Graph, site: Site, owner: str, own: dict[str, torch.Tensor], attributes: dict[str, int]
+        graph: Graph, site: Site, owner: str, op: str, attributes: dict[str, int]
     ) -> None:
         """Put the site's op in its place; `owner` holds the packed weight, the site itself everything else."""
         node, fx = site.node, graph.module.graph
-        spec = SPECS[op_name(site, own)]
+        spec = SPECS[op]
         given: dict[str, Any]
         if site.kind == "embedding":
             given = {"indices": node.args[1]}

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from qcompiler.errors import GateError, InputError, UnsupportedError
+from qcompiler.numerics.affine import AffineWeight
 from qcompiler.numerics.stack import matrices
-from qcompiler.ops import layout
+from qcompiler.numerics.vq import VqWeight
+from qcompiler.ops import layout, vq_layout
 from qcompiler.ops.activation_range import INPUTS, range_inputs
 from qcompiler.ops.formats import LAYOUT_VERSION, Activation
 from qcompiler.ops.linear_mixed import check_columns, outlier_bytes
@@ -18,16 +20,19 @@ from qcompiler.ops.torch_ops import overload
 
 if TYPE_CHECKING:
     from qcompiler.graph.graph import Site
-    from qcompiler.numerics.affine import AffineWeight
     from qcompiler.pipeline.context import Context
-    from qcompiler.recipe.schema import Scheme
+    from qcompiler.recipe.schema import AnyScheme
+    from qcompiler.sweep.solutions import Solution
 
-WEIGHT = ("codes", "scales", "zeros")  # what sites of one storage share; everything else is a site's own
+# What sites of one storage share; everything else is a site's own.
+WEIGHT = ("codes", "scales", "zeros", "codebooks", "codebook_scales")
 
 
-def pack(solution: AffineWeight) -> dict[str, torch.Tensor]:
-    """Codes, scales and zero points in the layout of the kernels (docs/layout.md), by input name; of many experts one after
+def pack(solution: Solution) -> dict[str, torch.Tensor]:
+    """The tensors of a packed weight in the layout of the kernels (docs/layout.md), by input name; of many experts one after
     another."""
+    if isinstance(solution, VqWeight):
+        return _pack_vq(solution)
     if solution.codes.dim() == 3:
         packs = [pack(matrix) for matrix in matrices(solution)]
         return {name: torch.cat([tensors[name] for tensors in packs]) for name in packs[0]}
@@ -41,8 +46,19 @@ def pack(solution: AffineWeight) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in packed.items()}
 
 
+def _pack_vq(solution: VqWeight) -> dict[str, torch.Tensor]:
+    format = solution.format
+    packed = {
+        "codes": vq_layout.pack_indices(solution.indices.numpy(), solution.columns, format),
+        "codebooks": vq_layout.pack_codebooks(solution.codebooks.numpy()),
+        "codebook_scales": solution.codebook_scales.numpy(),
+        "scales": layout.pack_scales(solution.scales.numpy()),
+    }
+    return {name: torch.from_numpy(array) for name, array in packed.items()}
+
+
 def own_tensors(
-    site: Site, solution: AffineWeight, scheme: Scheme, context: Context, weight: torch.Tensor | None = None
+    site: Site, solution: Solution, scheme: AnyScheme, context: Context, weight: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
     """What a linear site's op reads beside the packed weight and the bias: a static range, outlier columns.
 
@@ -53,7 +69,7 @@ def own_tensors(
 
     Raises:
         GateError: static activations without a calibrated range.
-        UnsupportedError: static activations of experts.
+        UnsupportedError: static activations of experts, outlier columns beside codebooks.
         InputError: a range or columns that the op does not take.
     """
     tensors: dict[str, torch.Tensor] = {}
@@ -68,6 +84,11 @@ def own_tensors(
         if columns is not None:
             if weight is None:
                 raise TypeError(f"site {site.name} has outlier columns: its float weight is needed")
+            if isinstance(solution, VqWeight):
+                raise UnsupportedError(
+                    f"layer {site.name}: outlier columns beside {solution.format.label} have no op; give the layer an integer "
+                    "format, or leave llm_int8 out"
+                )
             check_columns(columns.numpy(), site.shape[1])
             floats = weight.detach()[:, columns].float().numpy()
             tensors["columns"] = columns.to(torch.int32)
@@ -78,6 +99,7 @@ def own_tensors(
                     f"layer {site.name}: no calibrated range for its int8-static activations; "
                     "add place_observers and calibrate_ranges to the recipe's passes"
                 )
+            assert isinstance(solution, AffineWeight)  # no other scheme has static activations
             zeros = None if solution.zeros is None else solution.zeros.numpy()
             codes, scales = solution.codes.numpy(), solution.scales.numpy()
             range_ = range_inputs(*context.static_ranges[site.name], codes, scales, zeros, solution.format)
@@ -94,8 +116,10 @@ def own_bytes(site: Site, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
     return sizes | ({"activations": activations} if activations else {})
 
 
-def op_name(site: Site, tensors: dict[str, torch.Tensor]) -> str:
-    """The op that a site becomes."""
+def op_name(site: Site, solution: Solution, tensors: dict[str, torch.Tensor]) -> str:
+    """The op that a site becomes; `tensors`: its own."""
+    if isinstance(solution, VqWeight):
+        return "embedding_vq" if site.kind == "embedding" else "linear_vq"
     if site.kind == "embedding":
         return "embedding_nbit"
     if site.kind == "experts":
@@ -103,9 +127,12 @@ def op_name(site: Site, tensors: dict[str, torch.Tensor]) -> str:
     return "linear_mixed" if "columns" in tensors else "linear_nbit"
 
 
-def attributes(site: Site, solution: AffineWeight, scheme: Scheme) -> dict[str, int]:
+def attributes(site: Site, solution: Solution, scheme: AnyScheme) -> dict[str, int]:
     """The op's attributes by name."""
     n, k = site.shape
+    if isinstance(solution, VqWeight):
+        shape = {name: getattr(solution.format, name) for name in ("dim", "centroids", "block_rows", "block_columns", "group")}
+        return shape | {"n": n, "k": k, "activation": int(scheme.activation), "layout_version": LAYOUT_VERSION}
     sizes = {"bits": solution.format.bits, "group": solution.format.group, "n": n, "k": k}
     sizes |= {"experts": site.experts} if site.kind == "experts" else {}
     return sizes | {"activation": int(scheme.activation), "layout_version": LAYOUT_VERSION}
@@ -129,8 +156,8 @@ class SiteProduct:
     def of(
         cls,
         site: Site,
-        solution: AffineWeight,
-        scheme: Scheme,
+        solution: Solution,
+        scheme: AnyScheme,
         context: Context,
         weight: torch.Tensor | None = None,
         packed: dict[str, torch.Tensor] | None = None,
@@ -138,7 +165,7 @@ class SiteProduct:
         """Arguments and errors as of `own_tensors`; `packed`: what `pack` made of the solution, where it was made already."""
         own = own_tensors(site, solution, scheme, context, weight)
         weights = pack(solution) if packed is None else packed
-        return cls(op_name(site, own), weights | own, attributes(site, solution, scheme))
+        return cls(op_name(site, solution, own), weights | own, attributes(site, solution, scheme))
 
     def __call__(
         self, x: torch.Tensor, bias: torch.Tensor | None, expert: torch.Tensor | None = None
@@ -152,8 +179,8 @@ class SiteProduct:
 
 def quantized_product(
     site: Site,
-    solution: AffineWeight,
-    scheme: Scheme,
+    solution: Solution,
+    scheme: AnyScheme,
     context: Context,
     x: torch.Tensor,
     bias: torch.Tensor | None,

@@ -14,6 +14,7 @@ import torch
 
 from qcompiler.errors import UsageError
 from qcompiler.numerics.straight_through import FakeLinear
+from qcompiler.numerics.vq import VqWeight
 from qcompiler.ops.formats import Activation
 from qcompiler.passes.solve.weights import quantizable_weight
 from qcompiler.pipeline.passes import Pass, Report, Skip
@@ -77,11 +78,12 @@ class DistillBlocks(Pass):
 
     def run(self, graph: Graph, context: Context) -> Report:
         sites = [s for s in graph.sites if s.kind == "linear" and s.name in context.solutions and self._takes(s)]
-        beside = [s for s in sites if s.name in context.outliers]
-        sites = [s for s in sites if s.name not in context.outliers]
+        why = "; computed in float while its block is tuned"
+        reasons = {s.name: f"has columns in float beside its product{why}" for s in sites if s.name in context.outliers}
+        reasons |= {s.name: f"has codebooks{why}" for s in sites if isinstance(context.solutions[s.name], VqWeight)}
+        sites = [s for s in sites if s.name not in reasons]
         report = Report(matched=len(sites))
-        why = "has columns in float beside its product; computed in float while its block is tuned"
-        report.skipped = [Skip(s.name, why) for s in beside]
+        report.skipped = [Skip(name, reason) for name, reason in reasons.items()]
         if not sites:
             return report
         costs = Costs(segment=lambda site: 4 * COPIES * site.shape[0] * site.shape[1])

@@ -15,12 +15,13 @@ from qcompiler.errors import UsageError
 from qcompiler.numerics import affine
 from qcompiler.numerics.gptq import GptqOptions, GptqResult, gptq
 from qcompiler.numerics.stack import solve_stack
+from qcompiler.passes.solve.moments import Moments, energy
 from qcompiler.passes.solve.weights import quantizable_weight
 from qcompiler.pipeline.passes import Pass, Report
 from qcompiler.recipe.schema import Select
 from qcompiler.sweep.budget import Costs
 from qcompiler.sweep.order import Group
-from qcompiler.sweep.reducers import Cross, ExpertHessians, Hessian
+from qcompiler.sweep.reducers import ExpertHessians
 from qcompiler.sweep.solve import solve_sites
 from qcompiler.sweep.sweep import Sweep
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 # Matrices of k × k that the solver holds beside the statistics, and of n × k, in float32.
 SQUARES, WEIGHTS = 3, 5
-ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -116,33 +116,6 @@ class Gptq(Pass):
         return 4 * (SQUARES * group.k * group.k + WEIGHTS * n * group.k)
 
 
-class _Moments:
-    """H of a group; with a float stream also the cross statistic, and the second moments of what the streams differ by."""
-
-    def __init__(self, k: int, asymmetric: bool):
-        self._hessian = Hessian(k)
-        self._cross = Cross(k) if asymmetric else None
-        self._drift = Hessian(k) if asymmetric else None
-        self._means: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None = None
-
-    def update(self, *x: torch.Tensor) -> None:
-        self._hessian.update(x[0])
-        if self._cross is not None and self._drift is not None:
-            self._cross.update(*x)
-            self._drift.update(x[1] - x[0])
-
-    @property
-    def tokens(self) -> int:
-        return self._hessian.tokens
-
-    def result(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """H; C = E[(x̃ − x) xᵀ] and E[(x̃ − x)(x̃ − x)ᵀ], x̃ of the float stream."""
-        if self._means is None:
-            drifted = (None, None) if self._cross is None or self._drift is None else (self._cross.result(), self._drift.result())
-            self._means = self._hessian.result(), *drifted
-        return self._means
-
-
 class _ExpertMoments(ExpertHessians):
     """H of every expert; the float stream's rows may go to other experts, so there is no cross statistic."""
 
@@ -156,10 +129,10 @@ class _Method:
     graph: Graph
     context: Context
 
-    def statistics(self, group: Group) -> _Moments | _ExpertMoments:
+    def statistics(self, group: Group) -> Moments | _ExpertMoments:
         if group.expert is not None:
             return _ExpertMoments(group.k, group.experts)
-        return _Moments(group.k, self.step.asymmetric)
+        return Moments(group.k, self.step.asymmetric)
 
     def solve(self, site: Site, statistics: Any) -> tuple[AffineWeight, dict[str, Any], str | None]:
         if site.kind == "experts":
@@ -167,9 +140,9 @@ class _Method:
         hessian, cross, drift = statistics.result()
         weight = quantizable_weight(self.graph, self.context, site)
         result = self._solve_matrix(site, weight, hessian, cross)
-        whole = _energy(weight, hessian) or 1.0
+        whole = energy(weight, hessian) or 1.0
         # Of E‖W̃ x − W x̃‖² the solver knows what depends on W̃; E‖W (x̃ − x)‖² is the rest.
-        rest = 0.0 if drift is None else _energy(weight, drift)
+        rest = 0.0 if drift is None else energy(weight, drift)
         numbers: dict[str, Any] = {"weight_sqnr_db": affine.weight_sqnr_db(weight, result.weight)}
         numbers |= {"error_after": max(result.loss_after + rest, 0.0) / whole}
         numbers |= {"damping": result.damping, "tokens": statistics.tokens}
@@ -196,7 +169,7 @@ class _Method:
             result = self._solve_matrix(site, weight, hessian, None)
             before += tokens * (result.loss_before or 0.0)
             after += tokens * result.loss_after
-            whole += tokens * _energy(weight, hessian)
+            whole += tokens * energy(weight, hessian)
             damping = max(damping, result.damping)
             if result.fallback:
                 reasons.append(f"expert {expert}: {result.fallback}")
@@ -212,8 +185,3 @@ class _Method:
         numbers = {"weight_sqnr_db": sqnr, "damping": damping, "tokens": min(statistics.tokens), "experts_missed": missed}
         numbers |= {"error_before": before / (whole or 1.0), "error_after": after / (whole or 1.0)}
         return solution, numbers, "; ".join(reasons) or None
-
-
-def _energy(weight: torch.Tensor, hessian: torch.Tensor) -> float:
-    """tr(W H Wᵀ), some rows at a time."""
-    return sum(float(((rows @ hessian) * rows).sum(dtype=torch.float64)) for rows in weight.split(ROWS))

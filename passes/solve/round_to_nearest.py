@@ -1,6 +1,7 @@
 """Round every weight to the nearest code of its format: the baseline of all methods, and often enough.
 
 W  ─▶  (q, S[, Z]),  W ≈ S · (q − Z)
+W  ─▶  (index, C, c, S),  W ≈ S · c · C[index], with codebooks of the weight alone
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from qcompiler.errors import InputError
 from qcompiler.numerics import affine
 from qcompiler.numerics.stack import solve_stack
-from qcompiler.passes.solve.weights import quantizable_weight
+from qcompiler.passes.solve.weights import fixed_table, quantizable_weight
 from qcompiler.pipeline.passes import Pass, Report, Skip
 from qcompiler.pipeline.selection import check_selector
-from qcompiler.recipe.schema import Select
+from qcompiler.recipe.schema import Select, VqScheme
 
 if TYPE_CHECKING:
     from qcompiler.graph.graph import Graph, Site
-    from qcompiler.numerics.affine import AffineWeight
     from qcompiler.pipeline.context import Context
+    from qcompiler.sweep.solutions import Solution
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class RoundToNearest(Pass):
         norm: exponent of the search; 2 is the squared error.
         kind: `embedding` takes lookups alone: first in a recipe, so that what is calibrated behind them sees them rounded.
         select: which sites; by default all.
+        seed: of the codebooks' first entries, where a format learns them.
     """
 
     name: ClassVar[str] = "round_to_nearest"
@@ -42,6 +44,7 @@ class RoundToNearest(Pass):
     norm: float = 2.0
     kind: Literal["all", "embedding"] = "all"
     select: Select = Select()
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.norm < math.inf:
@@ -80,9 +83,15 @@ class RoundToNearest(Pass):
             report.changed += 1
         return report
 
-    def _solve(self, graph: Graph, context: Context, site: Site) -> tuple[AffineWeight, float]:
+    def _solve(self, graph: Graph, context: Context, site: Site) -> tuple[Solution, float]:
         """The solution and its SQNR in dB; no weight is held while the next is read."""
         scheme = context.schemes[site.name]
+        if isinstance(scheme, VqScheme):
+            from qcompiler.numerics.gptvq import vq_nearest
+
+            matrix = quantizable_weight(graph, context, site)
+            found = vq_nearest(matrix, scheme.weight_format, table=fixed_table(scheme), seed=self.seed)
+            return found, affine.weight_sqnr_db(matrix, found)
         fit = lambda w: affine.fit(w, scheme.weight_format, self.clipping, self.norm, scheme.per_tensor)  # noqa: E731
         if site.kind == "experts":
             return solve_stack(graph.matrices(site), fit)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from qcompiler.pipeline.passes import Skip
 from qcompiler.pipeline.selection import check_selector
+from qcompiler.recipe.schema import VqScheme
 
 if TYPE_CHECKING:
     from qcompiler.graph.graph import Graph, Site
@@ -14,9 +15,11 @@ if TYPE_CHECKING:
 
 
 def unsolved(
-    step: str, graph: Graph, context: Context, select: Select, head: bool = False
+    step: str, graph: Graph, context: Context, select: Select, head: bool = False, codebooks: bool = False
 ) -> tuple[list[Site], list[Skip]]:
     """Linear sites with a format, without a solution, that `select` names; the rest with its reasons.
+
+    Either those of integer formats or, with `codebooks`, the vector-quantized ones.
 
     The head is left out unless `head` says otherwise or the selection names it: it is most of a small model's statistics
     and the least sensitive to what they are for.
@@ -32,6 +35,8 @@ def unsolved(
             reason = context.left_in_float.get(site.name, "no format")
         elif site.name in context.solutions:
             reason = "solved already"
+        elif isinstance(context.schemes[site.name], VqScheme) is not codebooks:
+            reason = f"{context.schemes[site.name].weight_format.label}: {'not ' * codebooks}vector-quantized"
         elif not select.matches(site.name, site.role, site.shape[0] * site.shape[1]):
             reason = "not selected"
         elif site.role == "head" and not head and select.role is None and select.name is None:

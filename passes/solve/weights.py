@@ -9,6 +9,7 @@ import torch
 if TYPE_CHECKING:
     from qcompiler.graph.graph import Graph, Site
     from qcompiler.pipeline.context import Context
+    from qcompiler.recipe.schema import VqScheme
 
 
 def quantizable_weight(graph: Graph, context: Context, site: Site) -> torch.Tensor:
@@ -22,3 +23,11 @@ def quantizable_weight(graph: Graph, context: Context, site: Site) -> torch.Tens
     if columns is None or not len(columns):
         return weight
     return weight.index_fill(1, columns, 0.0)
+
+
+def fixed_table(scheme: VqScheme) -> torch.Tensor | None:
+    """The entries that the format does not learn, float32 `[centroids, 1]`, or None."""
+    from qcompiler.numerics.vq_tables import TABLES
+
+    levels = TABLES[scheme.fixed] if isinstance(scheme.fixed, str) else scheme.fixed
+    return None if levels is None else torch.tensor(levels, dtype=torch.float32)[:, None]

@@ -18,7 +18,7 @@ from qcompiler.numerics.scale_search import Found, Reader, search_awq
 from qcompiler.passes.analyse.folds import Kind, apply_fold
 from qcompiler.passes.transform.fold_statistics import Gathered, choose, gather, sample_rows, spread
 from qcompiler.pipeline.passes import Pass, Report
-from qcompiler.recipe.schema import Select
+from qcompiler.recipe.schema import Select, VqScheme
 from qcompiler.sweep.budget import Costs
 from qcompiler.sweep.reducers import AbsMean, Hessian
 
@@ -84,6 +84,8 @@ class Awq(Pass):
         def refuse(site: Site) -> str | None:
             if site.name not in context.schemes:
                 return context.left_in_float.get(site.name, "no format")
+            if isinstance(context.schemes[site.name], VqScheme):
+                return "vector-quantized: the search rounds to integers"
             return None if self.select.matches(site.name, site.role, site.size) else "not selected"
 
         chosen, skipped = choose(graph, context, self.folds, refuse)
@@ -113,8 +115,8 @@ class Awq(Pass):
         readers = []
         for weight in fold.multiplied:
             scheme = context.schemes.get(weight.site or "")
-            if weight.site is None or scheme is None:
-                continue  # it stays in float: nothing is lost there
+            if weight.site is None or scheme is None or isinstance(scheme, VqScheme):
+                continue  # in float nothing is lost, and of codebooks the search knows nothing
             site = sites[weight.site]
             rows, share = sample_rows(graph, site, site.shape[1] ** 2, self.seed)
             reader = Reader(rows, weight.channels, scheme.weight_format, scheme.per_tensor, self.clipping, share)

@@ -17,7 +17,7 @@ from qcompiler.ops.formats import Activation
 from qcompiler.passes.analyse.folds import Fold, Kind, apply_fold
 from qcompiler.passes.transform.fold_statistics import Gathered, choose, column_maxima, gather, sample_rows, spread
 from qcompiler.pipeline.passes import Pass, Report
-from qcompiler.recipe.schema import Select
+from qcompiler.recipe.schema import Select, VqScheme
 from qcompiler.sweep.budget import Costs
 from qcompiler.sweep.reducers import AbsMax, Reservoir
 
@@ -78,6 +78,8 @@ class SmoothQuant(Pass):
                 return "not selected"
             if self.select == Select() and (scheme is None or scheme.activation is Activation.FLOAT):
                 return "its activations stay in float; select it to smooth it anyway"
+            if isinstance(scheme, VqScheme) and self.alpha == "search":
+                return "vector-quantized: the search rounds to integers; give an alpha to smooth it anyway"
             return None
 
         chosen, skipped = choose(graph, context, self.folds, refuse)
@@ -104,7 +106,7 @@ class SmoothQuant(Pass):
         readers = []
         for weight in fold.multiplied:
             scheme = context.schemes.get(weight.site or "")
-            if weight.site is None or scheme is None:
+            if weight.site is None or scheme is None or isinstance(scheme, VqScheme):
                 continue
             site = sites[weight.site]
             rows, share = sample_rows(graph, site, site.shape[1] * self.tokens, self.seed)

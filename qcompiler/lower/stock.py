@@ -24,7 +24,7 @@ from qcompiler.lower.stock_products import StaticMatrix, inputs_of, read_bytes, 
 from qcompiler.ops import layout
 from qcompiler.ops.formats import Activation, AffineFormat
 from qcompiler.ops.spec import DOMAIN
-from qcompiler.recipe.schema import Recipe, Scheme
+from qcompiler.recipe.schema import Recipe, Scheme, VqScheme
 
 BITS = (8, 4, 2)  # what MatMulNBits has CPU kernels for
 ROW_BLOCK = 128  # block of a row that has a single scale
@@ -40,6 +40,11 @@ def check_recipe(recipe: Recipe) -> None:
     parts = {"linear": recipe.linear, "embed": recipe.embed, "head": recipe.head}
     parts |= {f"overrides.{i}": o.scheme for i, o in enumerate(recipe.overrides)}
     for name, scheme in parts.items():
+        if isinstance(scheme, VqScheme):
+            raise UnsupportedError(
+                f"recipe {recipe.name}: {name}: stock ONNX Runtime has no kernel for {scheme.weight_format.label}; nearest: "
+                "int4-g32-sym or int2-g32-asym. The target `onnx` runs it with our op library"
+            )
         if not isinstance(scheme, Scheme):
             continue
         format = scheme.weight_format

@@ -30,8 +30,8 @@ class VqWeight:
     columns: int
     format: VqFormat
 
-    def levels(self, rows: slice = slice(None)) -> torch.Tensor:
-        """The codebook entries, int8 `[n, k]`, or some of its rows."""
+    def levels(self, rows: slice | torch.Tensor = slice(None)) -> torch.Tensor:
+        """The codebook entries, int8 `[n, k]`, or those of some rows: a slice, or row numbers `[m]`."""
         f, indices = self.format, self.indices[rows].long()
         n, vectors = indices.shape
         device = indices.device
@@ -43,8 +43,8 @@ class VqWeight:
         natural = entries.view(n, vectors // 4, 4, f.dim).transpose(2, 3)
         return natural.reshape(n, -1)[:, : self.columns].contiguous()
 
-    def factors(self, rows: slice = slice(None)) -> torch.Tensor:
-        """S · c of every weight, float32 `[n, k]`: exact, as the product of two float16 fits into a float32."""
+    def factors(self, rows: slice | torch.Tensor = slice(None)) -> torch.Tensor:
+        """S · c of every weight, float32 `[n, k]` or of some rows: exact, as the product of two float16 fits into a float32."""
         f, k = self.format, self.columns
         row = torch.arange(len(self.indices), device=self.scales.device)[rows]
         down = row // f.block_rows if f.block_rows else torch.zeros_like(row)
@@ -52,6 +52,6 @@ class VqWeight:
         shared = self.codebook_scales[down].float().repeat_interleave(f.block_columns or k, dim=1)[:, :k]
         return own * shared
 
-    def dequantize(self, rows: slice = slice(None)) -> torch.Tensor:
+    def dequantize(self, rows: slice | torch.Tensor = slice(None)) -> torch.Tensor:
         """W = (S · c) · C[index], float32 `[n, k]`, or some of its rows."""
         return self.levels(rows).float() * self.factors(rows)

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from qcompiler.lower.edit import stored
 from qcompiler.lower.external import INLINE_BYTES
-from qcompiler.ops import SPECS, layout
+from qcompiler.ops import SPECS
 from qcompiler.ops.activation_range import INPUTS
-from qcompiler.ops.formats import Activation, AffineFormat
+from qcompiler.ops.formats import Activation, parse_weight_format
 from qcompiler.ops.linear_mixed import outlier_bytes
+from qcompiler.ops.packing import format_of, packed_bytes_of
 from qcompiler.ops.spec import DOMAIN
 from qcompiler.pipeline.trace import plain
+from qcompiler.recipe.schema import AnyScheme, VqScheme
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 # What the bytes of a packed weight, and of what a site has beside it, are: float columns (with their indices), and scale,
 # zero point and offset of static activations.
-KINDS = ("codes", "scales", "zeros", "padding", "outliers", "activations")
+KINDS = ("codes", "scales", "zeros", "codebooks", "padding", "outliers", "activations")
 
 
 def layer_records(quantizer: Quantizer) -> list[dict[str, Any]]:
@@ -54,17 +56,20 @@ def layer_records(quantizer: Quantizer) -> list[dict[str, Any]]:
                 "reason": context.left_in_float.get(site.name),
             }
         else:
-            record |= {
-                "bits": scheme.bits,
-                "group": scheme.weight_format.group,
-                "symmetric": scheme.symmetric,
-                "activation": scheme.activations,
-            }
+            record |= _described(scheme) | {"activation": scheme.activations}
             record |= state.get(site.name, {})
             if site.kind == "embedding":
                 record["activation"] = None  # a lookup has none
         records.append(plain(record))
     return records
+
+
+def _described(scheme: AnyScheme) -> dict[str, Any]:
+    if isinstance(scheme, VqScheme):
+        format = scheme.weight_format
+        table = None if scheme.fixed is None else scheme.fixed if isinstance(scheme.fixed, str) else list(scheme.fixed)
+        return {"dim": format.dim, "centroids": format.centroids, "group": format.group, "table": table}
+    return {"bits": scheme.bits, "group": scheme.weight_format.group, "symmetric": scheme.symmetric}
 
 
 def layers_file(quantizer: Quantizer, saved: Saved | None, packed: dict[str, int]) -> dict[str, Any]:
@@ -109,15 +114,14 @@ def _once(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def planned_totals(
-    quantizer: Quantizer, bytes_of: Callable[..., dict[str, int]] = layout.packed_bytes
+    quantizer: Quantizer, bytes_of: Callable[..., dict[str, int]] = packed_bytes_of
 ) -> dict[str, int]:
     """Bytes that the packed weights take, from their shapes and formats alone; `bytes_of` knows the layout."""
     totals = dict.fromkeys(KINDS, 0)
     records = layer_records(quantizer)
     for record in _once(records):
         if record["format"] != "float32":
-            format = AffineFormat(record["bits"], record["group"], record["symmetric"])
-            for key, value in bytes_of(*record["shape"], format).items():
+            for key, value in bytes_of(*record["shape"], parse_weight_format(record["format"])).items():
                 totals[key] += record["experts"] * value
     for record in records:  # a site's own, also where it shares its weight
         beside = record.get("beside")
@@ -143,11 +147,10 @@ def packed_totals(model: ir.Model) -> dict[str, int]:
         if id(codes) in seen:
             continue
         seen.add(id(codes))
-        symmetric = len(node.inputs) <= names.index("zeros") or node.inputs[names.index("zeros")] is None
-        attribute = node.attributes.get_int
-        format = AffineFormat(attribute("bits"), attribute("group"), symmetric)
-        experts = attribute("experts") if "experts" in node.attributes else 1
-        for key, value in layout.packed_bytes(attribute("n"), attribute("k"), format).items():
+        present = [name for name, value in zip(names, node.inputs, strict=False) if value is not None]
+        attributes = {name: node.attributes.get_int(name) for name in by_name[node.op_type].attributes}
+        experts = attributes.get("experts", 1)
+        for key, value in packed_bytes_of(attributes["n"], attributes["k"], format_of(attributes, present)).items():
             totals[key] += experts * value
     return totals
 

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcompiler.sweep.solutions import Solutions
+from qcompiler.sweep.solutions import Solution, Solutions
 
 if TYPE_CHECKING:
     import torch
 
-    from qcompiler.numerics.affine import AffineWeight
-    from qcompiler.recipe.schema import Recipe, Scheme
+    from qcompiler.recipe.schema import AnyScheme, Recipe
     from qcompiler.report.progress import Reporter
     from qcompiler.sweep.store import SolvedStore
 
@@ -40,11 +39,11 @@ class Context:
 
     recipe: Recipe
     reporter: Reporter
-    schemes: dict[str, Scheme] = field(default_factory=dict)
+    schemes: dict[str, AnyScheme] = field(default_factory=dict)
     left_in_float: dict[str, str] = field(default_factory=dict)
     solutions: Solutions = field(default_factory=Solutions)
     samples: Callable[[], Iterable[dict[str, Any]]] = tuple
-    packed: dict[int, tuple[AffineWeight, dict[str, torch.Tensor]]] = field(default_factory=dict)
+    packed: dict[int, tuple[Solution, dict[str, torch.Tensor]]] = field(default_factory=dict)
     static_ranges: dict[str, tuple[float, int]] = field(default_factory=dict)
     outliers: dict[str, torch.Tensor] = field(default_factory=dict)
     memory: int | None = None

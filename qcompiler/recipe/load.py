@@ -12,9 +12,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from qcompiler.errors import InputError, UsageError
 from qcompiler.recipe.errors import unknown_key
-from qcompiler.recipe.schema import Allow, Calibration, Override, Recipe, Scheme, Select
+from qcompiler.recipe.schema import Allow, Calibration, Override, Recipe, Scheme, Select, VqScheme
 
-_CLASSES = (Recipe, Scheme, Select, Override, Calibration, Allow)
+_CLASSES = (Recipe, Scheme, VqScheme, Select, Override, Calibration, Allow)
+_KINDS = ("Scheme", "VqScheme", "float")  # tags of a union: no part of the user's path
 _FIELDS = {cls.__name__: [f.name for f in dataclasses.fields(cls)] for cls in _CLASSES}
 
 
@@ -59,21 +60,12 @@ def parse(data: Any, where: str) -> Recipe:
     try:
         return TypeAdapter(Recipe).validate_python(data)
     except ValidationError as error:
-        raise UsageError("\n".join(_explain(e, where) for e in _relevant(error, data))) from error
-
-
-def _relevant(error: ValidationError, data: dict) -> list:
-    """Without the complaints of the union member that was plainly not meant (a mapping is no literal "float")."""
-    errors = [
-        e
-        for e in error.errors()
-        if not (e["type"] == "literal_error" and e["loc"][-1] == "literal['float']" and isinstance(e["input"], dict))
-    ]
-    return errors or error.errors()
+        raise UsageError("\n".join(_explain(e, where) for e in error.errors())) from error
 
 
 def _explain(error: Any, where: str) -> str:
-    path = [str(part) for part in error["loc"] if not str(part).startswith(("Scheme", "literal[", "function-"))]
+    parts = [str(part) for part in error["loc"]]
+    path = [part for part in parts if part not in _KINDS and not part.startswith(("literal[", "function-"))]
     place = f"recipe {where}: {'.'.join(path)}"
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         owner = {
@@ -81,11 +73,13 @@ def _explain(error: Any, where: str) -> str:
             "embed": "Scheme",
             "head": "Scheme",
             "scheme": "Scheme",
+            "instead": "Scheme",
             "select": "Select",
             "allow": "Allow",
             "calibration": "Calibration",
         }
         parent = path[-2] if len(path) > 1 else ""
+        owner |= {parent: "VqScheme"} if "VqScheme" in parts and parent != "instead" else {}
         known = _FIELDS[owner.get(parent, "Override" if parent.isdigit() else "Recipe")]
         return f"{place}: {unknown_key('key', path[-1], known)}"
     if error["type"] == "missing":

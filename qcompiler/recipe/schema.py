@@ -7,13 +7,14 @@ there and are not written down.
 
 from __future__ import annotations
 
+import re
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
-from qcompiler.ops.formats import Activation, AffineFormat
+from qcompiler.ops.formats import Activation, AffineFormat, VqFormat
 
 _STRICT = ConfigDict(extra="forbid")
 ActivationLabel = Literal["float", "int8-token", "int8-block128", "int8-static"]
@@ -54,7 +55,99 @@ class Scheme:
         return f"{self.weight_format.label}/{self.activations}"
 
 
-SchemeOrFloat = Scheme | Literal["float"]
+# Vector-quantized formats by name (docs/layout.md gives their bits per weight).
+VQ_FORMATS = {
+    "vq2": "vq2d16-b16x128-g128",
+    "vq2.5": "vq2d32-b16x256-g128",
+    "vq3": "vq2d64-b32x256-g128",
+    "vq4": "vq2d256-b128x256-g128",
+    "vq2-4d": "vq4d256-b128x256-row",
+    "vq1d-2": "vq1d4-b16x128-g128",
+    "vq1d-3": "vq1d8-b16x256-g128",
+    "vq1d-4": "vq1d16-b16x256-g128",
+    "nf4": "vq1d16-ballxall-g64",
+    "fp4": "vq1d16-ballxall-g64",
+}
+FIXED_TABLES = ("nf4", "fp4")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class VqScheme:
+    """The format of a weight whose vectors are entries of small codebooks, and of the activations that meet it.
+
+    Attributes:
+        vq: a name (`vq2`, `vq2.5`, `vq3`, `vq4`, `vq2-4d`, `vq1d-2`, `vq1d-3`, `vq1d-4`, `nf4`, `fp4`) or the label of a
+            format, e.g. `vq2d64-b32x256-g128`. The last two have a fixed table, all others learned codebooks.
+        table: 16 levels in ascending order, in place of learned ones, for a format of one dimension and one codebook.
+        activations: `float` or `int8-block128` (one scale per 128 inputs).
+        instead: format of a matrix that is too small for a codebook, and of experts; each is counted as a fallback.
+            By default 4 bits in groups of 32 with the same activations.
+    """
+
+    vq: str
+    table: tuple[float, ...] | None = None
+    activations: Literal["float", "int8-block128"] = "float"
+    instead: Scheme | None = None
+
+    def __post_init__(self) -> None:
+        if self.vq not in VQ_FORMATS and not re.fullmatch(r"vq\d+d\d+-.*", self.vq):
+            known = ", ".join(VQ_FORMATS)
+            raise ValueError(f"unknown vq format {self.vq!r}; known: {known}, or a label as 'vq2d64-b32x256-g128'")
+        format = self.weight_format
+        if self.table is None:
+            return
+        if self.vq in FIXED_TABLES:
+            raise ValueError(f"{self.vq} has a table of its own; give the format's label to use another")
+        if format.dim != 1 or format.block_rows or format.block_columns or len(self.table) != format.centroids:
+            raise ValueError(
+                f"a table of {len(self.table)} levels needs a format of one dimension with as many centroids in one codebook, "
+                f"e.g. vq1d16-ballxall-g64; found {format.label}"
+            )
+        if list(self.table) != sorted(set(self.table)):
+            raise ValueError("the table's levels must be finite, ascending, each once")
+
+    @property
+    def weight_format(self) -> VqFormat:
+        return VqFormat.parse(VQ_FORMATS.get(self.vq, self.vq))
+
+    @property
+    def fixed(self) -> str | tuple[float, ...] | None:
+        """The table that is not learned: its name or its levels."""
+        return self.vq if self.vq in FIXED_TABLES else self.table
+
+    @property
+    def per_tensor(self) -> bool:
+        return False
+
+    @property
+    def activation(self) -> Activation:
+        return Activation.parse(self.activations)
+
+    @property
+    def fallback(self) -> Scheme:
+        """What a matrix gets that this format does not take."""
+        return self.instead or Scheme(bits=4, group=32, activations=self.activations)
+
+    @property
+    def label(self) -> str:
+        table = "" if self.fixed is None else f"-{self.fixed if isinstance(self.fixed, str) else 'table'}"
+        return f"{self.weight_format.label}{table}/{self.activations}"
+
+
+AnyScheme = Scheme | VqScheme
+
+
+def _kind_of_scheme(value: Any) -> str:
+    """Which of the schemes a value is meant to be: errors then speak of that one alone."""
+    if isinstance(value, dict):
+        return "VqScheme" if "vq" in value else "Scheme"
+    return type(value).__name__ if isinstance(value, AnyScheme) else "float"
+
+
+SchemeOrFloat = Annotated[
+    Annotated[Scheme, Tag("Scheme")] | Annotated[VqScheme, Tag("VqScheme")] | Annotated[Literal["float"], Tag("float")],
+    Discriminator(_kind_of_scheme),
+]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -180,7 +273,7 @@ class Recipe:
     description: str = ""
 
     def scheme(self, name: str, kind: str, role: str | None, size: int) -> SchemeOrFloat:
-        """The scheme of a site: `Scheme` or `"float"`."""
+        """The scheme of a site: `Scheme`, `VqScheme` or `"float"`."""
         chosen = self.embed if kind == "embedding" else self.head if role == "head" else self.linear
         for override in self.overrides:
             if override.select.matches(name, role, size):

@@ -79,7 +79,7 @@ def plan_document(plan: Mapping[str, Any]) -> Document:
     sizes = dict(totals.get("bytes") or {})
     whole = sizes.pop("total", None)
     # Weights alone: float tensors, alignment and the graph are no part of a quantized layer.
-    packed = sum(sizes.get(key, 0) for key in ("codes", "scales", "zeros", "padding", "outliers", "activations"))
+    packed = sum(sizes.get(key, 0) for key in ("codes", "scales", "zeros", "codebooks", "padding", "outliers", "activations"))
     was = totals.get("float_bytes")
     lines = [f"weights      {packed:,} bytes{f' (float: {was:,})' if was is not None else ''}"]
     for key, label, write in (

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.fx import Node
 
 from qcompiler.errors import CapacityError
-from qcompiler.graph.graph import Site
+from qcompiler.graph.graph import Graph, Site
 from qcompiler.sweep.order import Group, Order, Stretch, good_cuts
 from qcompiler.sweep.sizes import node_bytes
 
@@ -123,7 +123,7 @@ def _need(sweep: Sweep, stretch: Stretch, costs: Costs) -> int:
         alive -= sum(node_bytes(dead, sweep.bound) for dead in dying.get(position, ()))
         for source in node.all_input_nodes:
             if source.op == "get_attr":
-                widened = max(widened, _copy_bytes(sweep, source))
+                widened = max(widened, copy_bytes(sweep.graph, source, sweep.bound))
     streams = 2 if sweep.float_stream else 1
     packed = sum(site.size * 5 // 4 for wave in stretch.waves for site in wave.sites)
     method = 0
@@ -134,9 +134,9 @@ def _need(sweep: Sweep, stretch: Stretch, costs: Costs) -> int:
     return streams * peak + widened + packed + method + held
 
 
-def _copy_bytes(sweep: Sweep, node: Node) -> int:
+def copy_bytes(graph: Graph, node: Node, bound: Mapping[Any, int]) -> int:
     """Bytes of a copy that reading the constant makes; none where it is used as it is stored."""
     name = str(node.target)
-    stored, computed = sweep.graph.stored(name), node.meta.get("val")
+    stored, computed = graph.stored(name), node.meta.get("val")
     same = computed is None or stored.dtype == getattr(computed, "dtype", stored.dtype)
-    return 0 if same and name not in sweep.graph.scalings else node_bytes(node, sweep.bound)
+    return 0 if same and name not in graph.scalings else node_bytes(node, bound)

@@ -108,16 +108,17 @@ class Order:
         return tuple(n for n in self.nodes[:position] if self.last_use.get(n, -1) >= position)
 
 
-def order(graph: Graph, sites: Sequence[Site], size: Callable[[Node], int]) -> Order:
+def order(graph: Graph, sites: Sequence[Site], size: Callable[[Node], int], ends: Sequence[Node] = ()) -> Order:
     """Order what the sites depend on.
 
     Args:
         graph: after analysis.
         sites: linear sites to solve.
         size: bytes of a node's value.
+        ends: other values that are wanted when everything has run; they stay alive from where they are made.
     """
     targets = {site.node for site in sites}
-    needed = ancestors(targets)
+    needed = ancestors([*targets, *ends])
     everything = [node for node in graph.module.graph.nodes if node in needed]
     level: dict[Node, int] = {}
     for node in everything:
@@ -136,6 +137,7 @@ def order(graph: Graph, sites: Sequence[Site], size: Callable[[Node], int]) -> O
         for source in node.all_input_nodes:
             if source in positions:
                 last_use[source] = position
+    last_use |= {node: len(nodes) for node in ends}
     result = Order(nodes, _waves(sites, level), [], [], positions, last_use)
     _find_cuts(result, size)
     return result

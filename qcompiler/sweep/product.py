@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qcompiler.graph.graph import Graph, Site
+from qcompiler.numerics.vq import VqWeight
 from qcompiler.ops.formats import Activation
 from qcompiler.passes.rewrite.quantize_sites import packed
 from qcompiler.passes.rewrite.site_product import SiteProduct
@@ -23,7 +24,11 @@ def product(graph: Graph, site: Site, context: Context) -> Product:
     Static activations whose range is not calibrated yet stay in float.
     """
     solution, scheme = context.solutions[site.name], context.schemes[site.name]
-    if site.kind == "embedding":
+    if isinstance(solution, VqWeight):
+        if site.kind == "embedding":
+            rows = solution
+            return lambda weight, ids, *_: rows.dequantize(ids.flatten()).reshape(*ids.shape, -1)
+    elif site.kind == "embedding":
         width = solution.format.group or site.shape[1]
 
         def lookup(weight: None, ids: torch.Tensor, *_: object) -> torch.Tensor:
@@ -34,7 +39,7 @@ def product(graph: Graph, site: Site, context: Context) -> Product:
 
         return lookup
     if scheme.activation is Activation.INT8_STATIC and site.name not in context.static_ranges:
-        scheme = dataclasses.replace(scheme, activations="float")
+        scheme = dataclasses.replace(scheme, activations="float")  # affine: no other takes static ranges
     weight = graph.constant(site.weight) if site.name in context.outliers else None
     made = SiteProduct.of(site, solution, scheme, context, weight, packed(site.name, context))
     if site.kind == "experts":

@@ -12,15 +12,14 @@ import torch
 from qcompiler.artifact.interrupt import sigterm_postponed
 from qcompiler.errors import InputError, Stopped
 from qcompiler.graph.graph import Graph, Site
-from qcompiler.ops import layout
+from qcompiler.ops.packing import packed_bytes_of
 from qcompiler.pipeline.memory import anonymous_bytes
 from qcompiler.pipeline.passes import Pass, Report, Skip
 from qcompiler.sweep.order import Group
-from qcompiler.sweep.solutions import from_tensors, to_tensors
+from qcompiler.sweep.solutions import Solution, from_tensors, to_tensors
 from qcompiler.sweep.sweep import Segment, Sweep
 
 if TYPE_CHECKING:
-    from qcompiler.numerics.affine import AffineWeight
     from qcompiler.pipeline.context import Context
 
 
@@ -38,7 +37,7 @@ class Method(Protocol):
     def statistics(self, group: Group) -> Statistics:
         """An empty accumulator for a group."""
 
-    def solve(self, site: Site, statistics: Any) -> tuple[AffineWeight, dict[str, Any], str | None]:
+    def solve(self, site: Site, statistics: Any) -> tuple[Solution, dict[str, Any], str | None]:
         """The solution; numbers for the record (`error_before`, `error_after` among them); a fallback's reason or None.
 
         Raises:
@@ -140,7 +139,7 @@ class _Run:
         if fallback:
             self.report.fallbacks.append(Skip(site.name, fallback))
         format = self.context.schemes[site.name].weight_format
-        bits = 8 * sum(layout.packed_bytes(*site.shape, format).values()) / math.prod(site.shape)
+        bits = 8 * sum(packed_bytes_of(*site.shape, format).values()) / math.prod(site.shape)
         before, after = record.get("error_before"), record.get("error_after")
         error = f"error {before:.3g} → {after:.3g}  " if before is not None and after is not None else ""
         memory = f"{anonymous_bytes() / 2**30:.1f} GiB"

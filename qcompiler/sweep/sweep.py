@@ -20,8 +20,8 @@ from qcompiler.sweep.sizes import bindings, node_bytes
 from qcompiler.sweep.values import Values
 
 if TYPE_CHECKING:
-    from qcompiler.numerics.affine import AffineWeight
     from qcompiler.pipeline.context import Context
+    from qcompiler.sweep.solutions import Solution
 
 Tap = Callable[..., None]
 
@@ -173,7 +173,7 @@ class Segment:
         found = [node for node in self._stretch.outputs if node in made]
         return found or [site.node for site in self.waves[-1].sites]
 
-    def place(self, site: Site, solution: AffineWeight, mapped: bool = False) -> None:
+    def place(self, site: Site, solution: Solution, mapped: bool = False) -> None:
         """Record the site's solution; everything that runs from now on sees its quantized product.
 
         `mapped` says that its tensors lie in a file that stays.

@@ -1,0 +1,175 @@
+"""Choose each vector's codebook entry so that the layer's output, not the weight, keeps its value.
+
+W  ─▶  (index, C, c, S) that make tr((W − W̃) H (W − W̃)ᵀ) small, W̃ = S · c · C[index], H = E[x xᵀ] of the inputs that the
+       quantized model sees
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+
+from qcompiler.errors import UsageError
+from qcompiler.numerics import affine
+from qcompiler.numerics.gptvq import GptvqOptions, gptvq
+from qcompiler.passes.solve.moments import Moments, energy
+from qcompiler.passes.solve.weights import fixed_table, quantizable_weight
+from qcompiler.pipeline.passes import Pass, Report
+from qcompiler.recipe.schema import Select, VqScheme
+from qcompiler.sweep.budget import Costs
+from qcompiler.sweep.order import Group
+from qcompiler.sweep.solve import solve_sites
+from qcompiler.sweep.sweep import Sweep
+
+if TYPE_CHECKING:
+    from qcompiler.graph.graph import Graph, Site
+    from qcompiler.numerics.vq import VqWeight
+    from qcompiler.pipeline.context import Context
+
+# Matrices of k × k that the solver holds beside the statistics, and of n × k, in float32.
+SQUARES, WEIGHTS = 3, 6
+
+
+@dataclass(frozen=True)
+class Gptvq(Pass):
+    """GPTVQ (arXiv 2402.15319) on every selected vector-quantized site without a solution, in topological waves.
+
+    Attributes:
+        damping, iterations, seeding, rounds, passes, steps, ordering: see `qcompiler.numerics.gptvq.GptvqOptions`.
+        asymmetric: aim at the float model's outputs on the float model's inputs (GPTAQ, arXiv 2504.02692).
+        guided: weight every token by what the end loss cares for it, as the pass `guide` found (GuidedQuant,
+            arXiv 2505.07004): each group of output rows has its own H.
+        select: which sites; by default all but the head.
+        head: solve the site of role `head` too.
+        seed: of k-means++.
+    """
+
+    name: ClassVar[str] = "gptvq"
+    stage: ClassVar[str] = "solve"
+    required: ClassVar[bool] = True
+
+    damping: float = GptvqOptions.damping
+    iterations: int = GptvqOptions.iterations
+    seeding: Literal["mahalanobis", "k-means++"] = GptvqOptions.seeding
+    rounds: int = GptvqOptions.rounds
+    passes: int = GptvqOptions.passes
+    steps: int = GptvqOptions.steps
+    ordering: Literal["none", "activation"] = GptvqOptions.ordering
+    asymmetric: bool = False
+    guided: bool = False
+    select: Select = Select()
+    head: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.options()  # refuses what does not go together
+        if self.guided and self.asymmetric:
+            raise ValueError("guided and asymmetric do not go together: the cross statistic knows no weights of tokens")
+
+    def options(self) -> GptvqOptions:
+        known = {f.name for f in fields(GptvqOptions)}
+        return GptvqOptions(**{f.name: getattr(self, f.name) for f in fields(self) if f.name in known})
+
+    def run(self, graph: Graph, context: Context) -> Report:
+        from qcompiler.passes.solve.selection import unsolved
+
+        sites, skipped = unsolved(self.name, graph, context, self.select, head=self.head, codebooks=True)
+        if not sites:
+            return Report(skipped=skipped)
+        if self.guided:
+            self._check_guides(sites, context)
+        costs = Costs(lambda group: self._statistics_bytes(group, context), self._solver_bytes)
+        sweep = Sweep(graph, context, sites, float_stream=self.asymmetric, costs=costs)
+        report = solve_sites(self, graph, context, sites, sweep, _Method(self, graph, context))
+        report.skipped += skipped
+        report.notes["samples"] = len(sweep.samples)
+        report.notes["segments"] = len(sweep.stretches)
+        self._warn_of_few_tokens(sites, context, report)
+        return report
+
+    def _check_guides(self, sites: list[Site], context: Context) -> None:
+        missing = [site.name for site in sites if site.name not in context.guides]
+        if missing:
+            raise UsageError(
+                f"{self.name}: guided, but {len(missing)} layers have no weights of their tokens ({missing[0]}); put the pass "
+                "guide before it"
+            )
+
+    def _warn_of_few_tokens(self, sites: list[Site], context: Context, report: Report) -> None:
+        """With fewer tokens than inputs H has no full rank: some errors cost nothing, and the weights go there."""
+        few = {site.name: site.shape[1] for site in sites if report.layers[site.name].get("tokens", 0) < site.shape[1]}
+        if few:
+            name, k = max(few.items(), key=lambda item: item[1])
+            context.reporter.warning(
+                f"{self.name}: {len(few)} layers have more inputs than they met calibration tokens ({name}: {k} inputs, "
+                f"{report.layers[name].get('tokens', 0)} tokens): their weights fit the samples more than the text; give more "
+                "samples"
+            )
+        report.notes["layers_with_few_tokens"] = list(few)
+
+    def _statistics_bytes(self, group: Group, context: Context) -> int:
+        square = 4 * group.k * group.k
+        if self.guided:
+            return square * (1 + sum(context.guides[site.name].shape[1] for site in group.sites if site.name in context.guides))
+        return (3 if self.asymmetric else 1) * square
+
+    def _solver_bytes(self, group: Group) -> int:
+        n = max(site.shape[0] for site in group.sites)
+        return 4 * (SQUARES * group.k * group.k + WEIGHTS * n * group.k)
+
+
+class _Guided(Moments):
+    """H, and of every site of the group one more for each group of its rows."""
+
+    def __init__(self, k: int, guides: dict[str, torch.Tensor]):
+        from qcompiler.sweep.reducers import GuidedHessians
+
+        super().__init__(k, asymmetric=False)
+        self._each = {name: GuidedHessians(k, guide.shape[1], guide) for name, guide in guides.items()}
+
+    def update(self, *x: torch.Tensor) -> None:
+        super().update(*x)
+        for reducer in self._each.values():
+            reducer.update(x[0])
+
+    def of(self, site: str) -> torch.Tensor:
+        """`[row groups, k, k]`; taken once."""
+        return torch.stack(self._each.pop(site).result())
+
+
+@dataclass(frozen=True)
+class _Method:
+    step: Gptvq
+    graph: Graph
+    context: Context
+
+    def statistics(self, group: Group) -> Moments:
+        if self.step.guided:
+            wanted = {site.name for site in group.sites} & set(self.context.guides)
+            return _Guided(group.k, {name: self.context.guides[name] for name in sorted(wanted)})
+        return Moments(group.k, self.step.asymmetric)
+
+    def solve(self, site: Site, statistics: Any) -> tuple[VqWeight, dict[str, Any], str | None]:
+        scheme = self.context.schemes[site.name]
+        assert isinstance(scheme, VqScheme)
+        hessian, cross, drift = statistics.result()
+        weight = quantizable_weight(self.graph, self.context, site)
+        rows = statistics.of(site.name) if self.step.guided else None
+        result = gptvq(
+            weight, hessian, scheme.weight_format, self.step.options(),
+            cross=cross, row_hessians=rows, table=fixed_table(scheme), seed=self.step.seed,
+        )  # fmt: skip
+        if rows is None:
+            whole = energy(weight, hessian)
+        else:
+            whole = sum(energy(part, own) for part, own in zip(weight.tensor_split(len(rows)), rows, strict=True))
+        # Of E‖W̃ x − W x̃‖² the solver knows what depends on W̃; E‖W (x̃ − x)‖² is the rest.
+        rest = 0.0 if drift is None else energy(weight, drift)
+        numbers: dict[str, Any] = {"weight_sqnr_db": affine.weight_sqnr_db(weight, result.weight)}
+        numbers |= {"error_after": max(result.loss_after + rest, 0.0) / (whole or 1.0)}
+        numbers |= {"damping": result.damping, "tokens": statistics.tokens}
+        if result.loss_before is not None:
+            numbers["error_before"] = max(result.loss_before + rest, 0.0) / (whole or 1.0)
+        return result.weight, numbers | ({"dead_columns": result.dead} if result.dead else {}), result.fallback
