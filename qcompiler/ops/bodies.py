@@ -11,92 +11,15 @@ the file instead.
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from qcompiler.ops.activation_range import INPUTS
 from qcompiler.ops.body_arithmetic import StaticRange, add_outliers, float_product, integer_product, without_columns
 from qcompiler.ops.body_builder import Body
-from qcompiler.ops.formats import TILE, Activation, AffineFormat
-from qcompiler.ops.layout import UNIT_K
+from qcompiler.ops.body_decode import decode_levels, decode_scales, decode_weight, pick_rows, rows, wanted_tiles
+from qcompiler.ops.formats import Activation, AffineFormat
 from qcompiler.ops.spec import OpSpec
-
-
-def _signed_byte(b: Body, value: ir.Value) -> ir.Value:
-    """uint8 that holds an int8, as float: flip the sign bit, subtract 128."""
-    return b.op("Sub", b.to_float(b.op("BitwiseXor", value, b.constant(128, np.uint8))), b.constant(128, np.float32))
-
-
-def decode_codes(b: Body, codes: ir.Value, bits: int) -> ir.Value:
-    """uint8 `[tiles, units, unit_bytes]` -> codes as float `[tiles, 16, units * unit_k]`."""
-    if bits == 8:
-        fields = [codes]
-    elif bits in (4, 2):
-        fields = [b.field(codes, shift, 2**bits - 1) for shift in range(0, 8, bits)]
-    else:
-        vector = [b.op("Slice", codes, b.ints(64 * i), b.ints(64 * i + 64), b.ints(2)) for i in range(3)]
-        top = [b.shift_right(v, 6) for v in vector]
-        shifted = [b.op("Mul", top[i], b.constant(by, np.uint8)) for i, by in ((0, 16), (1, 4))] + [top[2]]
-        extra = b.op("Add", b.op("Add", shifted[0], shifted[1]), shifted[2])
-        index = [b.op("BitwiseAnd", v, b.constant(63, np.uint8)) for v in vector] + [extra]
-        fields = [b.field(i, shift, 7) for i in index for shift in (0, 3)]
-    parts = [b.op("Reshape", f, b.ints(0, 0, TILE, 4)) for f in fields]
-    unit = b.op("Concat", *parts, axis=3) if len(parts) > 1 else parts[0]
-    columns = b.op("Mul", b.op("Shape", codes, start=1, end=2), b.ints(UNIT_K[bits]))
-    rows = b.op("Reshape", b.op("Transpose", unit, perm=[0, 2, 1, 3]), b.tile_rows(columns))
-    return _signed_byte(b, rows) if bits == 8 else b.to_float(rows)
-
-
-def decode_zeros(b: Body, zeros: ir.Value, bits: int) -> ir.Value:
-    """uint8 `[tiles, groups, 2 * bits]` -> zero points as float `[tiles, 16, groups]`."""
-    if bits == 8:
-        values = _signed_byte(b, zeros)
-    elif bits in (4, 2):
-        fields = [b.op("Unsqueeze", b.field(zeros, s, 2**bits - 1), b.ints(3)) for s in range(0, 8, bits)]
-        values = b.to_float(b.op("Reshape", b.op("Concat", *fields, axis=3), b.ints(0, 0, TILE)))
-    else:  # three bytes hold eight values
-        wide = b.op("Cast", b.op("Reshape", zeros, b.ints(0, 0, 2, 3)), to=ir.DataType.UINT32)
-        byte = [b.op("Slice", wide, b.ints(i), b.ints(i + 1), b.ints(3)) for i in range(3)]
-        left = [byte[0]]
-        left += [b.op("BitShift", byte[i], b.constant(8 * i, np.uint32), direction="LEFT") for i in (1, 2)]
-        word = b.op("BitwiseOr", b.op("BitwiseOr", left[0], left[1]), left[2])
-        fields = [b.field(word, 3 * i, 7, np.uint32) for i in range(8)]
-        values = b.to_float(b.op("Reshape", b.op("Concat", *fields, axis=3), b.ints(0, 0, TILE)))
-    return b.op("Transpose", values, perm=[0, 2, 1])
-
-
-def _spread(b: Body, per_group: ir.Value, group: int) -> ir.Value:
-    """`[tiles, 16, groups]` -> one value a column, `[tiles, 16, k]`; one for the whole row broadcasts as it is."""
-    if not group:
-        return per_group
-    wide = b.op("Expand", b.op("Unsqueeze", per_group, b.ints(3)), b.ints(1, 1, 1, group))
-    columns = b.op("Mul", b.op("Shape", per_group, start=2, end=3), b.ints(group))
-    return b.op("Slice", b.op("Reshape", wide, b.tile_rows(columns)), b.ints(0), b.attribute("k"), b.ints(2))
-
-
-def decode_levels(b: Body, codes: ir.Value, zeros: ir.Value | None, format: AffineFormat) -> ir.Value:
-    """The integers q − Z as float `[tiles, 16, k]`."""
-    q = b.op("Slice", decode_codes(b, codes, format.bits), b.ints(0), b.attribute("k"), b.ints(2))
-    if zeros is not None:
-        return b.op("Sub", q, _spread(b, decode_zeros(b, zeros, format.bits), format.group))
-    return b.op("Sub", q, b.constant(format.center, np.float32)) if format.center else q
-
-
-def decode_scales(b: Body, scales: ir.Value) -> ir.Value:
-    """float16 `[tiles, groups, 16]` -> float `[tiles, 16, groups]`."""
-    return b.op("Transpose", b.to_float(scales), perm=[0, 2, 1])
-
-
-def decode_weight(b: Body, codes: ir.Value, scales: ir.Value, zeros: ir.Value | None, format: AffineFormat) -> ir.Value:
-    """W = S · (q − Z) as float32 `[tiles, 16, k]`."""
-    levels = decode_levels(b, codes, zeros, format)
-    return b.op("Mul", levels, _spread(b, decode_scales(b, scales), format.group))
-
-
-def _rows(b: Body, tiles: ir.Value, columns: ir.Value) -> ir.Value:
-    """`[tiles, 16, columns]` -> `[n, columns]`."""
-    rows = b.op("Reshape", tiles, b.op("Concat", b.ints(-1), columns, axis=0))
-    return b.op("Slice", rows, b.ints(0), b.attribute("n"), b.ints(0))
+from qcompiler.ops.vq_bodies import embedding_vq, linear_vq
 
 
 def linear_nbit(spec: OpSpec, overload: str, attributes: dict[str, int], present: frozenset[str]) -> ir.Function:
@@ -124,10 +47,10 @@ def _product(
     format = AffineFormat(attributes["bits"], attributes["group"], zeros is None)
     activation = Activation(attributes["activation"])
     if activation is Activation.FLOAT:
-        return float_product(b, x, _rows(b, decode_weight(b, codes, scales, zeros, format), b.attribute("k")))
-    levels = _rows(b, decode_levels(b, codes, zeros, format), b.attribute("k"))
+        return float_product(b, x, rows(b, decode_weight(b, codes, scales, zeros, format), b.attribute("k")))
+    levels = rows(b, decode_levels(b, codes, zeros, format), b.attribute("k"))
     factors = decode_scales(b, scales)
-    return integer_product(b, x, levels, _rows(b, factors, b.dimension(factors, 2)), format, activation, static)
+    return integer_product(b, x, levels, rows(b, factors, b.dimension(factors, 2)), format, activation, static)
 
 
 def _static_range(inputs: dict[str, ir.Value], present: frozenset[str]) -> StaticRange | None:
@@ -188,16 +111,10 @@ def embedding_nbit(spec: OpSpec, overload: str, attributes: dict[str, int], pres
     b = Body(spec.attributes, overload)
     inputs = {i.name: ir.Value(name=i.name) for i in spec.inputs}
     format = AffineFormat(attributes["bits"], attributes["group"], "zeros" not in present)
-    flat = b.op("Reshape", inputs["indices"], b.ints(-1))
-    below = b.op("Less", flat, b.ints(0))
-    row = b.op("Where", below, b.op("Add", flat, b.attribute("n")), flat)
-    tile = b.op("Div", row, b.ints(TILE))
+    row, tile = wanted_tiles(b, inputs["indices"])
     gathered = [b.op("Gather", inputs[name], tile, axis=0) for name in ("codes", "scales")]
     zeros = b.op("Gather", inputs["zeros"], tile, axis=0) if "zeros" in present else None
-    weight = decode_weight(b, gathered[0], gathered[1], zeros, format)
-    inside = b.op("Unsqueeze", b.op("Mod", row, b.ints(TILE)), b.ints(1))
-    rows = b.op("GatherND", weight, inside, batch_dims=1)
-    y = b.op("Reshape", rows, b.op("Concat", b.op("Shape", inputs["indices"]), b.attribute("k"), axis=0), allowzero=1)
+    y = pick_rows(b, decode_weight(b, gathered[0], gathered[1], zeros, format), row, inputs["indices"])
     return b.function(spec, overload, list(inputs.values()), y)
 
 
@@ -206,4 +123,6 @@ BUILDERS = {
     "linear_mixed": linear_mixed,
     "linear_experts_nbit": linear_experts_nbit,
     "embedding_nbit": embedding_nbit,
+    "linear_vq": linear_vq,
+    "embedding_vq": embedding_vq,
 }

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.ops.body_builder import Body, Nodes
-from qcompiler.ops.formats import ACTIVATION_BLOCK, Activation, AffineFormat
+from qcompiler.ops.formats import ACTIVATION_BLOCK, Activation, AffineFormat, WeightFormat
 
 LARGEST_ACTIVATION = 127
 LARGEST_MAGNITUDE = 128  # of a static activation with a zero point
@@ -39,7 +39,7 @@ def integer_product(
     x: ir.Value,
     levels: ir.Value,
     scales: ir.Value,
-    format: AffineFormat,
+    format: WeightFormat,
     activation: Activation,
     static: StaticRange | None = None,
 ) -> ir.Value:
@@ -48,10 +48,10 @@ def integer_product(
     Args:
         b: where the nodes go.
         x: `[..., k]`.
-        levels: the integers q − Z as float, `[n, k]`.
-        scales: S as float, `[n, groups]`.
+        levels: the integers q − Z, or entries of codebooks, as float, `[n, k]`.
+        scales: S as float, `[n, groups]`; with a group for the whole row also one for each block of activations.
         format: of the weight.
-        activation: one of the int8 formats.
+        activation: one of the int8 formats; with codebooks `INT8_BLOCK`.
         static: the range, with static activations.
     """
     k, n = b.attribute("k"), b.attribute("n")
@@ -62,6 +62,7 @@ def integer_product(
         y = _segments(b, flat, None, levels, scales, format, start)
     else:
         rounded = quantize(b, flat) if static is None else quantize_static(b, flat, static)
+        assert isinstance(format, AffineFormat)  # codebooks meet INT8_BLOCK alone
         if format.group:
             y = _segments(b, flat, rounded, levels, scales, format, start)
         else:
@@ -78,7 +79,7 @@ def _segments(
     rounded: tuple[ir.Value, ir.Value] | None,
     levels: ir.Value,
     scales: ir.Value,
-    format: AffineFormat,
+    format: WeightFormat,
     shape: ir.Value,
 ) -> ir.Value:
     """acc = fmaf(dot, S · sa, acc), segment by segment; `rounded`: integers and a scale a row, None: a scale a block."""

@@ -80,6 +80,10 @@ class Body(Nodes):
     def shift_right(self, value: ir.Value, bits: int, dtype=np.uint8) -> ir.Value:
         return self.op("BitShift", value, self.constant(bits, dtype), direction="RIGHT") if bits else value
 
+    def shift_left(self, value: ir.Value, bits: int) -> ir.Value:
+        """Of bytes, whose bits all stay within the byte."""
+        return self.op("Mul", value, self.constant(1 << bits, np.uint8))
+
     def field(self, value: ir.Value, shift: int, mask: int, dtype=np.uint8) -> ir.Value:
         return self.op("BitwiseAnd", self.shift_right(value, shift, dtype), self.constant(mask, dtype))
 

@@ -138,11 +138,53 @@ def linear_experts_nbit(
     return y
 
 
+def linear_vq(
+    x, codes, codebooks, codebook_scales, scales, bias, dim, centroids, block_rows, block_columns, group, n, k, activation,
+    layout_version,
+):  # fmt: skip
+    """CPU kernel of `linear_vq`.
+
+    Raises:
+        RuntimeError: from the library: sizes that do not fit, activations that the op does not take.
+    """
+    from qcompiler.runtime import library
+
+    _check_x("linear_vq", x, k)
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], n))
+    if y.numel():
+        library.linear_vq_pointers(
+            x.data_ptr(), codes.data_ptr(), codebooks.data_ptr(), codebook_scales.data_ptr(), scales.data_ptr(),
+            _address(bias), y.data_ptr(), rows=y.numel() // n, dim=dim, centroids=centroids, block_rows=block_rows,
+            block_columns=block_columns, group=group, n=n, k=k, activation=activation, threads=torch.get_num_threads(),
+        )  # fmt: skip
+    return y
+
+
+def embedding_vq(
+    indices, codes, codebooks, codebook_scales, scales, dim, centroids, block_rows, block_columns, group, n, k, layout_version
+):
+    """CPU kernel of `embedding_vq`; negative indices count from the end."""
+    from qcompiler.runtime import library
+
+    indices = torch.where(indices < 0, indices + n, indices).contiguous()
+    y = torch.empty((*indices.shape, k))
+    if y.numel():
+        library.embedding_vq_pointers(
+            indices.data_ptr(), codes.data_ptr(), codebooks.data_ptr(), codebook_scales.data_ptr(), scales.data_ptr(),
+            y.data_ptr(), count=indices.numel(), dim=dim, centroids=centroids, block_rows=block_rows,
+            block_columns=block_columns, group=group, n=n, k=k, threads=torch.get_num_threads(),
+        )  # fmt: skip
+    return y
+
+
 _CPU = {
     "linear_nbit": linear_nbit,
     "linear_mixed": linear_mixed,
     "linear_experts_nbit": linear_experts_nbit,
     "embedding_nbit": embedding_nbit,
+    "linear_vq": linear_vq,
+    "embedding_vq": embedding_vq,
 }
 
 

@@ -126,7 +126,7 @@ class Backward:
         run = Executor(self.graph, stretch.nodes, list(wanted), {}, self._plan.cache_bytes, gradients=True)
         for sample in range(len(self.samples)):
             start = self._start(index, between, sample)
-            leaves = {node: start[node].detach().requires_grad_() for node in self._wanting(index)} if index else {}
+            leaves = {node: _tree_map(_leaf, start[node]) for node in self._wanting(index)} if index else {}
             hooks: list[Any] = []
 
             def seen(node: Node, value: torch.Tensor, sample: int = sample, hooks: list[Any] = hooks) -> None:
@@ -139,7 +139,8 @@ class Backward:
             for hook in hooks:
                 hook.remove()
             if passed is not None:
-                passed.append({node: _sum(leaf.grad, gradients.get(node), node not in made) for node, leaf in leaves.items()})
+                later = {node: gradients.get(node) for node in leaves if node not in made}
+                passed.append({node: _total(leaf, later.get(node)) for node, leaf in leaves.items()})
 
     def _hook(self, site: Site, sample: int, value: torch.Tensor, tap: Tap, hooks: list[Any]) -> None:
         if not value.requires_grad:
@@ -156,7 +157,7 @@ class Backward:
         hooks.append(value.register_hook(taken))
 
     def _loss_gradients(self, sample: int, values: Mapping[Node, Any]) -> dict[Node, torch.Tensor | None]:
-        leaves = {node: values[node].detach().requires_grad_() for node in self.ends}
+        leaves = {node: _leaf(values[node]) for node in self.ends}
         with torch.enable_grad():
             loss = self._loss(self.samples[sample], list(leaves.values()))
         if not bool(torch.isfinite(loss)):
@@ -164,28 +165,50 @@ class Backward:
         loss.backward()
         return {node: leaf.grad for node, leaf in leaves.items()}
 
-    def _propagate(self, values: Mapping[Node, Any], gradients: Mapping[Node, torch.Tensor | None]) -> None:
-        pairs = [(values[n], g) for n, g in gradients.items() if g is not None and n in values and values[n].requires_grad]
-        if pairs:
-            torch.autograd.backward([value for value, _ in pairs], [gradient for _, gradient in pairs])
+    @staticmethod
+    def _propagate(values: Mapping[Node, Any], gradients: Mapping[Node, Any]) -> None:
+        ends, given = [], []
+        for node, gradient in gradients.items():
+            if node not in values or gradient is None:
+                continue
+            several = isinstance(values[node], (list, tuple))
+            pairs = zip(values[node], gradient, strict=True) if several else [(values[node], gradient)]
+            for end, own in pairs:
+                if own is not None and end.requires_grad:
+                    ends.append(end)
+                    given.append(own)
+        if ends:
+            torch.autograd.backward(ends, given)
 
 
 def _downstream(starts: Sequence[Node], nodes: Sequence[Node]) -> set[Node]:
     """The floating values that a start moves, itself included."""
     moved = set(starts)
     for node in nodes:
-        if node not in moved and any(source in moved for source in node.all_input_nodes) and _floating(node):
+        if any(source in moved for source in node.all_input_nodes) and _floating(node.meta.get("val")):
             moved.add(node)
     return moved
 
 
-def _floating(node: Node) -> bool:
-    value = node.meta.get("val")
-    return not isinstance(value, torch.Tensor) or value.is_floating_point()
+def _floating(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_floating(item) for item in value)
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def _sum(own: torch.Tensor | None, later: torch.Tensor | None, carried: bool) -> torch.Tensor | None:
+def _tree_map(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """Of a tensor, or of each of the several that an op gives."""
+    return tuple(map(function, value)) if isinstance(value, (list, tuple)) else function(value)
+
+
+def _leaf(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().requires_grad_()
+
+
+def _total(leaf: Any, later: Any) -> Any:
     """A value's gradient through the segment, and through what later segments read of it."""
-    if not carried or later is None:
-        return own
-    return later if own is None else own + later
+    if isinstance(leaf, tuple):
+        return tuple(_total(own, beyond) for own, beyond in zip(leaf, later or [None] * len(leaf), strict=True))
+    if leaf.grad is None or later is None:
+        return later if leaf.grad is None else leaf.grad
+    return leaf.grad + later

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "checks.h"
 #include "dispatch.h"
 #include "error.h"
 #include "layout.h"
@@ -12,35 +13,15 @@
 namespace qc {
 namespace {
 
-constexpr int64_t kLargest = INT64_MAX;
-
-// a * b, or 0 when that does not fit (or a factor is 0).
-int64_t product(int64_t a, int64_t b) { return a > 0 && b > 0 && a <= kLargest / b ? a * b : 0; }
-
 bool valid_bits(int32_t bits) { return bits == 8 || bits == 4 || bits == 3 || bits == 2; }
-bool valid_group(int32_t group) { return group == 0 || group == 32 || group == 64 || group == 128; }
-bool valid_shape(int64_t n, int64_t k) {
-  // Leaves room to round up to a tile and a unit.
-  return n > 0 && k > 0 && n <= kLargest - kTileRows && k <= kLargest - 2 * kActivationBlock;
-}
-
 int64_t codes_bytes(int64_t n, int64_t k, int32_t bits) {
   if (!valid_shape(n, k) || !valid_bits(bits)) return 0;
   return product(ceil_div(n, kTileRows), product(ceil_div(k, unit_columns(bits)), unit_bytes(bits)));
 }
 
-int64_t scales_count(int64_t n, int64_t k, int32_t group) {
-  if (!valid_shape(n, k) || !valid_group(group)) return 0;
-  return product(ceil_div(n, kTileRows), product(group_count(k, group), kTileRows));
-}
-
 int64_t zeros_bytes(int64_t n, int64_t k, int32_t bits, int32_t group) {
   if (!valid_shape(n, k) || !valid_bits(bits) || !valid_group(group)) return 0;
   return product(ceil_div(n, kTileRows), product(group_count(k, group), tile_zero_bytes(bits)));
-}
-
-int32_t null_pointer(const char* op, const char* what) {
-  return fail(kInvalidArgument, "%s: %s is null, expected a pointer", op, what);
 }
 
 int32_t check_weight(const char* op, const qc_weight* weight, Matrix* out) {
@@ -49,14 +30,7 @@ int32_t check_weight(const char* op, const qc_weight* weight, Matrix* out) {
   if (!valid_bits(w.bits)) {
     return fail(kInvalidArgument, "%s: weight.bits is %" PRId32 ", expected 8, 4, 3 or 2", op, w.bits);
   }
-  if (!valid_group(w.group)) {
-    return fail(kInvalidArgument, "%s: weight.group is %" PRId32 ", expected 32, 64, 128 or 0 (the whole row)", op,
-                w.group);
-  }
-  if (!valid_shape(w.n, w.k)) {
-    return fail(kInvalidArgument, "%s: weight has n = %" PRId64 " and k = %" PRId64 ", expected both at least 1", op,
-                w.n, w.k);
-  }
+  if (int32_t code = check_shape(op, w.n, w.k, w.group)) return code;
   if (!codes_bytes(w.n, w.k, w.bits) || !product(scales_count(w.n, w.k, w.group), 2)) {
     return fail(kInvalidArgument, "%s: a weight of n = %" PRId64 " and k = %" PRId64 " exceeds 2^63 bytes, expected less",
                 op, w.n, w.k);
@@ -65,26 +39,8 @@ int32_t check_weight(const char* op, const qc_weight* weight, Matrix* out) {
   if (!w.scales) return null_pointer(op, "weight.scales");
   *out = {w.n,      w.k,     w.bits,  w.group,
           w.codes,  w.scales, w.zeros, ceil_div(w.n, kTileRows),
-          group_count(w.k, w.group), tile_code_bytes(w.k, w.bits)};
+          group_count(w.k, w.group), tile_code_bytes(w.k, w.bits), nullptr};
   return kOk;
-}
-
-int32_t check_context(const char* op, const qc_context* context, Workers* workers, const Kernels** kernels) {
-  const qc_context serial = {nullptr, nullptr, 1, nullptr};
-  const qc_context& c = context ? *context : serial;
-  if (c.threads < 1) {
-    return fail(kInvalidArgument, "%s: context.threads is %" PRId32 ", expected at least 1", op, c.threads);
-  }
-  *workers = {c.parallel_for, c.pool, c.threads};
-  *kernels = select_kernels(c.isa);
-  return *kernels ? kOk : kUnavailable;
-}
-
-// rows * columns fp32 values must be addressable.
-int32_t check_matrix(const char* op, const char* what, int64_t rows, int64_t columns) {
-  if (product(product(rows, columns), 8)) return kOk;
-  return fail(kInvalidArgument, "%s: %s has %" PRId64 " x %" PRId64 " values, expected fewer than 2^60", op, what, rows,
-              columns);
 }
 
 // The dot product of a segment is an int32: |q - Z| * |a| * k must fit. Only a segment of a whole row can be too long.
@@ -103,17 +59,6 @@ int32_t check_activation(const char* op, int32_t activation, int32_t last) {
   if (activation >= QC_ACT_FLOAT && activation <= last) return kOk;
   return fail(kInvalidArgument, "%s: activation is %" PRId32 ", expected 0 (float), 1 (int8 per token)%s", op, activation,
               last == QC_ACT_INT8_STATIC ? ", 2 (int8 per block) or 3 (static int8)" : " or 2 (int8 per block)");
-}
-
-// No rows need no pointers.
-int32_t check_operands(const char* op, const Matrix& matrix, int64_t rows, const float* x, const float* y) {
-  if (rows < 0) return fail(kInvalidArgument, "%s: rows is %" PRId64 ", expected at least 0", op, rows);
-  if (rows == 0) return kOk;
-  if (int32_t code = check_matrix(op, "x", rows, matrix.k)) return code;
-  if (int32_t code = check_matrix(op, "y", rows, matrix.n)) return code;
-  if (!x) return null_pointer(op, "x");
-  if (!y) return null_pointer(op, "y");
-  return kOk;
 }
 
 int32_t check_range(const char* op, int32_t activation, const qc_activation_range* range, ActivationRange* out) {
@@ -220,19 +165,7 @@ int32_t embedding(const qc_context* context, const qc_weight* weight, int64_t co
   const Kernels* kernels = nullptr;
   if (int32_t code = check_context(op, context, &workers, &kernels)) return code;
   if (int32_t code = check_weight(op, weight, &matrix)) return code;
-  if (count < 0) return fail(kInvalidArgument, "%s: count is %" PRId64 ", expected at least 0", op, count);
-  if (count == 0) return kOk;
-  if (int32_t code = check_matrix(op, "y", count, matrix.k)) return code;
-  if (!indices) return null_pointer(op, "indices");
-  if (!y) return null_pointer(op, "y");
-  for (int64_t i = 0; i < count; ++i) {
-    if (indices[i] < 0 || indices[i] >= matrix.n) {
-      return fail(kInvalidArgument, "%s: indices[%" PRId64 "] is %" PRId64 ", expected 0 <= index < n = %" PRId64, op, i,
-                  indices[i], matrix.n);
-    }
-  }
-  run_embedding(workers, matrix, count, indices, y);
-  return kOk;
+  return checked_embedding(op, workers, matrix, count, indices, y);
 }
 
 }  // namespace

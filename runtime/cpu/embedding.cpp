@@ -2,8 +2,8 @@
 // exact and the same on every ISA; the work is one gathered dword for every four columns, so there is one version.
 #include <algorithm>
 
-#include "layout.h"
 #include "linear.h"
+#include "vq_layout.h"
 
 namespace qc {
 namespace {
@@ -42,6 +42,31 @@ void decode_row(const Matrix& w, int64_t index, float* y) {
   }
 }
 
+// (S * c) is exact; its product with an entry is rounded once.
+void decode_vq_row(const Matrix& w, int64_t index, float* y) {
+  const Codebooks& books = *w.codebooks;
+  const int64_t tile = index / kTileRows;
+  const int row = int(index % kTileRows), dim = books.dim, centroids = books.centroids;
+  const uint8_t* codes = w.codes + tile * w.tile_bytes + 4 * row;
+  const int64_t columns = vq_unit_columns(dim, centroids), bytes = vq_unit_bytes(dim, centroids);
+  const int64_t segment = w.group ? w.group : kActivationBlock;
+  for (int64_t begin = 0; begin < w.k; begin += segment) {
+    const int64_t end = std::min(w.k, begin + segment), group = w.group ? begin / w.group : 0;
+    const Codebook book = codebook_at(books, index, begin);
+    const float factor = half_to_float(w.scales[(tile * w.groups + group) * kTileRows + row]) * half_to_float(book.scale);
+    for (int64_t first = begin; first < end; first += 4 * dim) {  // four vectors
+      const uint8_t* unit = codes + first / columns * bytes;
+      const int block = int(first % columns / (4 * dim));
+      for (int i = 0; i < 4; ++i) {
+        const int entry = vq_index(unit + i, dim, centroids, block);
+        for (int64_t k = first + i, j = 0; j < dim && k < end; ++j, k += 4) {
+          y[k] = factor * float(book.entries[j * centroids + entry]);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void run_embedding(const Workers& workers, const Matrix& weight, int64_t count, const int64_t* indices, float* y) {
@@ -49,7 +74,14 @@ void run_embedding(const Workers& workers, const Matrix& weight, int64_t count, 
   const int64_t rows_per_piece = std::max<int64_t>(1, kElementsPerPiece / weight.k);
   workers.run(ceil_div(count, rows_per_piece), [&](int64_t piece) {
     const int64_t end = std::min(count, (piece + 1) * rows_per_piece);
-    for (int64_t i = piece * rows_per_piece; i < end; ++i) decode_row(weight, indices[i], y + i * weight.k);
+    for (int64_t i = piece * rows_per_piece; i < end; ++i) {
+      float* out = y + i * weight.k;
+      if (weight.codebooks) {
+        decode_vq_row(weight, indices[i], out);
+      } else {
+        decode_row(weight, indices[i], out);
+      }
+    }
   });
 }
 

@@ -6,7 +6,16 @@
 
 namespace qc {
 
-// A validated weight matrix; see qc_weight.
+// What a vector-quantized matrix has beside its indices; see qc_vq_weight.
+struct Codebooks {
+  int32_t dim, centroids;
+  int64_t block_rows, block_columns;  // never 0: all of the matrix is said in rows and columns
+  int64_t across;
+  const int8_t* entries;   // [down][across][dim][centroids]
+  const uint16_t* scales;  // fp16 [down][across]
+};
+
+// A validated weight matrix; see qc_weight. A vector-quantized one has 8 bits (those of its codebooks' entries) and no zeros.
 struct Matrix {
   int64_t n, k;
   int32_t bits, group;
@@ -14,6 +23,7 @@ struct Matrix {
   const uint16_t* scales;
   const uint8_t* zeros;  // null: symmetric
   int64_t tiles, groups, tile_bytes;
+  const Codebooks* codebooks;  // null: codes are levels, and no indices
 };
 
 // Static int8 activations: a = clamp(round_half_even(x / scale) + zero, low, high).
@@ -24,7 +34,7 @@ struct ActivationRange {
 
 // One linear op on prepared activations. The row dimension is cut into blocks of `block_rows` rows (R below), padded
 // with zero rows; inside a block the rows lie side by side, so that a kernel reads its activations in one stream:
-//   int8   x[block][k / 4][R][4]   float  x[block][k][R]      k rounded up to 32 with zero activations
+//   int8   x[block][k / 4][R][4]   float  x[block][k][R]      k rounded up to 32 (codebooks: 64) with zero activations
 // A segment (docs/layout.md) is `segment` columns, the last one may be short; every segment has one activation scale a
 // row, sa[block][segment][R]. All its values of a row with a non-finite activation are NaN, and nothing else is.
 struct LinearJob {
@@ -68,8 +78,16 @@ struct Kernels {
   QuantizeFunction quantize_row;
   LinearFunction linear_int8;
   LinearFunction linear_float;
+  // The same for matrices with codebooks.
+  LinearFunction vq_int8;
+  LinearFunction vq_float;
   OutlierFunction add_outliers;
 };
+
+namespace generic {
+void vq_int8(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end);
+void vq_float(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end);
+}  // namespace generic
 
 extern const Kernels kGenericKernels;
 #if defined(QC_HAVE_X86_KERNELS)

@@ -14,6 +14,8 @@ constexpr int64_t kVectorBytes = 64;  // 16 rows x 4 positions
 // Kernels walk k in chunks of 32 columns: a whole number of units for every width, and 64 * bits bytes of codes.
 constexpr int64_t kChunk = 32;
 constexpr int64_t kActivationBlock = 128;
+// The same for vector-quantized matrices: the largest of their units.
+constexpr int64_t kVqChunk = 64;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 

@@ -184,7 +184,8 @@ void run_pieces(const Workers& workers, const Kernels& kernels, LinearFunction p
 bool run_sweep(const Kernels& kernels, const Workers& workers, const Matrix& weight, qc_activation activation,
                int64_t rows, const float* x, const float* bias, float* y, const LinearExtras& extras) {
   const bool integer = activation != QC_ACT_FLOAT;
-  const int64_t padded_k = ceil_div(weight.k, kChunk) * kChunk;
+  const int64_t chunk = weight.codebooks ? kVqChunk : kChunk;
+  const int64_t padded_k = ceil_div(weight.k, chunk) * chunk;
 
   LinearJob job{};
   job.weight = weight;
@@ -192,7 +193,8 @@ bool run_sweep(const Kernels& kernels, const Workers& workers, const Matrix& wei
   job.block_rows = choose_block_rows(integer ? kernels.int8_block_rows : kernels.float_block_rows, rows);
   const int64_t blocks = ceil_div(rows, job.block_rows);
   job.x_block_bytes = job.block_rows * padded_k * (integer ? 1 : int64_t(sizeof(float)));
-  job.segment = weight.group ? weight.group : activation == QC_ACT_INT8_BLOCK ? kActivationBlock : weight.k;
+  const bool blocks_of_row = activation == QC_ACT_INT8_BLOCK || weight.codebooks;
+  job.segment = weight.group ? weight.group : blocks_of_row ? kActivationBlock : weight.k;
   job.segments = ceil_div(weight.k, job.segment);
   job.groups_per_segment = weight.group ? 1 : 0;
   job.offset = extras.offset;
@@ -237,7 +239,11 @@ bool run_sweep(const Kernels& kernels, const Workers& workers, const Matrix& wei
     const FloatPreparation preparation{weight, split, x, job, padded_k};
     prepare_all([&](int64_t block, int64_t piece) { preparation.prepare(block, piece); });
   }
-  run_pieces(workers, kernels, integer ? kernels.linear_int8 : kernels.linear_float, job);
+  run_pieces(workers, kernels,
+             weight.codebooks ? integer ? kernels.vq_int8 : kernels.vq_float
+             : integer        ? kernels.linear_int8
+                              : kernels.linear_float,
+             job);
   return true;
 }
 

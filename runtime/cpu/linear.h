@@ -44,6 +44,7 @@ bool run_experts(const Kernels& kernels, const Workers& workers, const Matrix& f
                  qc_activation activation, int64_t rows, const float* x, const int64_t* expert, const float* bias,
                  float* y);
 
+// Rows of an affine or of a vector-quantized matrix.
 void run_embedding(const Workers& workers, const Matrix& weight, int64_t count, const int64_t* indices, float* y);
 
 }  // namespace qc

@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 // Bumped when a signature or a struct below changes; the Python side refuses any other.
-#define QC_ABI_VERSION 2
+#define QC_ABI_VERSION 3
 // The packed layout that these kernels read; carried by every op as attribute `layout_version`.
 #define QC_LAYOUT_VERSION 1
 
@@ -67,6 +67,24 @@ typedef struct qc_weight {
   const uint8_t* zeros;
 } qc_weight;
 
+// A packed vector-quantized matrix: W[r, k] = (S * c) * C[index][j], the vector of `dim` columns at distance 4 (docs/layout.md).
+//   dim, centroids   1: 4, 8, 16; 2: 16, 32, 64, 256; 4: 256
+//   block_rows       rows that share a codebook: a multiple of 16, or 0 = all. The last block may be short.
+//   block_columns    columns that share a codebook: a multiple of 128, or 0 = all
+//   group            columns that share a scale S: 32, 64, 128, or 0 = the whole row
+//   codes            uint8, [tiles, units, unit bytes]: packed indices
+//   codebooks        int8, [blocks down, blocks across, dim, centroids]: a table for each dimension of the vectors
+//   codebook_scales  fp16, [blocks down, blocks across]: c
+//   scales           fp16, [tiles, groups, 16]: S, as in qc_weight
+typedef struct qc_vq_weight {
+  int64_t n, k;
+  int32_t dim, centroids, block_rows, block_columns, group;
+  const uint8_t* codes;
+  const int8_t* codebooks;
+  const uint16_t* codebook_scales;
+  const uint16_t* scales;
+} qc_vq_weight;
+
 // Runs body(user, i) for every i in [0, count), in any order and possibly at once; returns when all are done.
 typedef void (*qc_parallel_for)(void* pool, void (*body)(void* user, size_t index), size_t count, void* user);
 
@@ -83,7 +101,7 @@ QC_EXPORT int32_t qc_abi_version(void);
 QC_EXPORT int32_t qc_layout_version(void);
 QC_EXPORT const char* qc_last_error(void);
 // Comma-separated: the CPU's features that matter here ("avx2,avx512f,avx512vnni,..."); the ISAs compiled in and
-// executable on this CPU, best first ("avx512vnni,avx2,generic"); and the one in use.
+// executable on this CPU, best first ("avx512vbmi,avx512vnni,avx2,generic"); and the one in use.
 QC_EXPORT const char* qc_cpu_features(void);
 QC_EXPORT const char* qc_isas(void);
 QC_EXPORT const char* qc_isa(void);
@@ -92,6 +110,12 @@ QC_EXPORT const char* qc_isa(void);
 QC_EXPORT int64_t qc_codes_bytes(int64_t n, int64_t k, int32_t bits);
 QC_EXPORT int64_t qc_scales_count(int64_t n, int64_t k, int32_t group);
 QC_EXPORT int64_t qc_zeros_bytes(int64_t n, int64_t k, int32_t bits, int32_t group);
+
+// The same for a vector-quantized matrix, and the number of its codebooks, which is that of codebook_scales.
+QC_EXPORT int64_t qc_vq_codes_bytes(int64_t n, int64_t k, int32_t dim, int32_t centroids);
+QC_EXPORT int64_t qc_vq_codebook_count(int64_t n, int64_t k, int32_t block_rows, int32_t block_columns);
+QC_EXPORT int64_t qc_vq_codebooks_bytes(int64_t n, int64_t k, int32_t dim, int32_t centroids, int32_t block_rows,
+                                        int32_t block_columns);
 
 // y[rows, n] = x[rows, k] . W^T (+ bias[n]); x, y, bias fp32, row-major, contiguous; bias may be null.
 // Bit-equal for every ISA, every number of threads and every number of rows (a row's result never depends on the
@@ -116,6 +140,12 @@ QC_EXPORT int32_t qc_linear_experts_nbit(const qc_context* context, const qc_wei
 // y[count, k] = W[indices]: rows decoded to fp32. An index outside [0, n) is an error.
 QC_EXPORT int32_t qc_embedding_nbit(const qc_context* context, const qc_weight* weight, int64_t count,
                                     const int64_t* indices, float* y);
+
+// The same two with a vector-quantized matrix. `activation` is QC_ACT_FLOAT or QC_ACT_INT8_BLOCK.
+QC_EXPORT int32_t qc_linear_vq(const qc_context* context, const qc_vq_weight* weight, int32_t activation, int64_t rows,
+                               const float* x, const float* bias, float* y);
+QC_EXPORT int32_t qc_embedding_vq(const qc_context* context, const qc_vq_weight* weight, int64_t count,
+                                  const int64_t* indices, float* y);
 
 // The library's own thread pool, for callers that have none (ctypes from torch and numpy).
 QC_EXPORT void qc_pool_parallel_for(void* pool, void (*body)(void* user, size_t index), size_t count, void* user);

@@ -17,11 +17,10 @@ const char* type_text(int type) {
   }
 }
 
+}  // namespace
+
 std::string name_text(const InputName& input) { return "input " + std::to_string(input.index) + " (" + input.name + ")"; }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Null unless the input is a constant initializer.
 const OrtValue* constant_input(const Api& api, const OrtKernelInfo* info, size_t index) {
   size_t count = 0;
   check(api, api.KernelInfo_GetInputCount(info, &count));
@@ -31,8 +30,6 @@ const OrtValue* constant_input(const Api& api, const OrtKernelInfo* info, size_t
   check(api, api.KernelInfoGetConstantInput_tensor(info, index, &is_constant, &value));
   return is_constant ? value : nullptr;
 }
-
-}  // namespace
 
 void expect(const InputName& input, const Tensor& found, int type, const Shape& shape, const std::string& because) {
   if (found.type == type && found.shape == shape) return;
@@ -97,23 +94,18 @@ Tensor required_input(const Api& api, const OrtKernelContext* context, InputName
   return tensor(api, value);
 }
 
-// ---- weight
-
-static constexpr const char* kPartNames[] = {"codes", "scales", "zeros"};
-
-Weight::Weight(const Api& api, const OrtKernelInfo* info, size_t first, int64_t matrices)
-    : first_(first), matrices_(matrices) {
+void check_layout(const Api& api, const OrtKernelInfo* info) {
   const int64_t layout = int_attribute(api, info, "layout_version");
   if (layout != qc_layout_version())
     throw Failure{kNotImplemented, "the weights have packed layout " + std::to_string(layout) +
                                        ", this library reads layout " + std::to_string(qc_layout_version()) +
                                        "; run `qcompiler repack` on the artifact"};
-  const int64_t bits = int_attribute(api, info, "bits");
+}
+
+MatrixShape matrix_shape(const Api& api, const OrtKernelInfo* info) {
   const int64_t group = int_attribute(api, info, "group");
   const int64_t n = int_attribute(api, info, "n");
   const int64_t k = int_attribute(api, info, "k");
-  if (bits != 8 && bits != 4 && bits != 3 && bits != 2)
-    throw Failure{kInvalidGraph, "attribute 'bits' is " + std::to_string(bits) + ", expected 8, 4, 3 or 2"};
   if (group != 0 && group != 32 && group != 64 && group != 128)
     throw Failure{kInvalidGraph,
                   "attribute 'group' is " + std::to_string(group) + ", expected 0 (the whole row), 32, 64 or 128"};
@@ -121,10 +113,24 @@ Weight::Weight(const Api& api, const OrtKernelInfo* info, size_t first, int64_t 
   if (n < 1 || n >= kLimit || k < 1 || k >= kLimit)
     throw Failure{kInvalidGraph, "attributes 'n' and 'k' are " + std::to_string(n) + " and " + std::to_string(k) +
                                      ", expected 1 to " + std::to_string(kLimit - 1)};
-  description_.n = n;
-  description_.k = k;
+  return {n, k, static_cast<int32_t>(group)};
+}
+
+// ---- weight
+
+static constexpr const char* kPartNames[] = {"codes", "scales", "zeros"};
+
+Weight::Weight(const Api& api, const OrtKernelInfo* info, size_t first, int64_t matrices)
+    : first_(first), matrices_(matrices) {
+  check_layout(api, info);
+  const int64_t bits = int_attribute(api, info, "bits");
+  if (bits != 8 && bits != 4 && bits != 3 && bits != 2)
+    throw Failure{kInvalidGraph, "attribute 'bits' is " + std::to_string(bits) + ", expected 8, 4, 3 or 2"};
+  const MatrixShape shape = matrix_shape(api, info);
+  description_.n = shape.n;
+  description_.k = shape.k;
   description_.bits = static_cast<int32_t>(bits);
-  description_.group = static_cast<int32_t>(group);
+  description_.group = shape.group;
 
   for (int part = kCodes; part < kParts; ++part)
     if (const OrtValue* value = constant_input(api, info, first_ + part))
@@ -173,6 +179,23 @@ qc_weight Weight::resolve(const Api& api, const OrtKernelContext* context) const
   out.scales = static_cast<const uint16_t*>(data[kScales]);
   out.zeros = static_cast<const uint8_t*>(data[kZeros]);
   return out;
+}
+
+// ---- indices
+
+const int64_t* normalized(const int64_t* indices, int64_t count, int64_t n, std::vector<int64_t>& storage) {
+  bool any_negative = false;
+  for (int64_t i = 0; i < count; ++i) {
+    if (indices[i] < -n || indices[i] >= n)
+      throw Failure{kInvalidArgument, "input 0 (indices) holds " + std::to_string(indices[i]) + " at position " +
+                                          std::to_string(i) + ", expected " + std::to_string(-n) + " to " +
+                                          std::to_string(n - 1)};
+    any_negative |= indices[i] < 0;
+  }
+  if (!any_negative) return indices;
+  storage.assign(indices, indices + count);
+  for (int64_t& index : storage) index += index < 0 ? n : 0;
+  return storage.data();
 }
 
 // ---- activations

@@ -26,13 +26,30 @@ struct InputName {
 
 int64_t int_attribute(const Api& api, const OrtKernelInfo* info, const char* name);
 
+// Throws unless the node's attribute `layout_version` is the layout that this library reads.
+void check_layout(const Api& api, const OrtKernelInfo* info);
+
+// The attributes n, k and group of a weight matrix, within what the kernels take.
+struct MatrixShape {
+  int64_t n, k;
+  int32_t group;
+};
+MatrixShape matrix_shape(const Api& api, const OrtKernelInfo* info);
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 Tensor tensor(const Api& api, const OrtValue* value);
+
+// The input as a constant initializer, null where it is none.
+const OrtValue* constant_input(const Api& api, const OrtKernelInfo* info, size_t index);
 
 // The node's input, or null where it is left out.
 const OrtValue* find_input(const Api& api, const OrtKernelContext* context, size_t index);
 Tensor required_input(const Api& api, const OrtKernelContext* context, InputName input);
 
 std::string text(const Shape& shape);
+// "input 1 (codes)".
+std::string name_text(const InputName& input);
 
 // Throws unless the input is of this type and shape; `because` ends the message.
 void expect(const InputName& input, const Tensor& found, int type, const Shape& shape, const std::string& because);
@@ -63,6 +80,10 @@ class Weight {
   int64_t matrices_;
   const void* constant_[kParts] = {};
 };
+
+// Indices of rows with -n ... -1 counted from the end: `indices`, or `storage` where one is negative. Throws where one is out of
+// range.
+const int64_t* normalized(const int64_t* indices, int64_t count, int64_t n, std::vector<int64_t>& storage);
 
 // The attribute `activation` and the inputs activation_scale, activation_zero and activation_offset, likewise.
 class Activations {

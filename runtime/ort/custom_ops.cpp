@@ -94,7 +94,7 @@ Op make_op(const Api& api, const OpDescription& description, bool with_inference
 
 struct Registration {
   Api api;
-  Op ops[4];
+  Op ops[6];
   OrtCustomOpDomain* domain = nullptr;
 };
 
@@ -110,7 +110,8 @@ Registration& registration(const Api& api, const char* version) {
   const bool with_inference = inference_is_safe(version);
   auto made = std::make_unique<Registration>(Registration{
       api, {make_op(api, kLinearNBit, with_inference), make_op(api, kEmbeddingNBit, with_inference),
-       make_op(api, kLinearExpertsNBit, with_inference), make_op(api, kLinearMixed, with_inference)},
+       make_op(api, kLinearExpertsNBit, with_inference), make_op(api, kLinearMixed, with_inference),
+       make_op(api, kLinearVQ, with_inference), make_op(api, kEmbeddingVQ, with_inference)},
       nullptr});
   check(api, api.CreateCustomOpDomain(kDomain, &made->domain));
   for (const Op& op : made->ops) check(api, api.CustomOpDomain_Add(made->domain, static_cast<const OrtCustomOp*>(&op)));

@@ -13,22 +13,6 @@ constexpr OpInput kInputs[] = {
     {kUint8, kOptional},    // zeros
 };
 
-// Checks every index; copies into `storage` only where one is negative.
-const int64_t* normalized(const int64_t* indices, int64_t count, int64_t n, std::vector<int64_t>& storage) {
-  bool any_negative = false;
-  for (int64_t i = 0; i < count; ++i) {
-    if (indices[i] < -n || indices[i] >= n)
-      throw Failure{kInvalidArgument, "input 0 (indices) holds " + std::to_string(indices[i]) + " at position " +
-                                          std::to_string(i) + ", expected " + std::to_string(-n) + " to " +
-                                          std::to_string(n - 1)};
-    any_negative |= indices[i] < 0;
-  }
-  if (!any_negative) return indices;
-  storage.assign(indices, indices + count);
-  for (int64_t& index : storage) index += index < 0 ? n : 0;
-  return storage.data();
-}
-
 class EmbeddingNBit final : public Kernel {
  public:
   EmbeddingNBit(const Api& api, const OrtKernelInfo* info) : weight_(api, info, 1) {}

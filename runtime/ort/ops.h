@@ -36,6 +36,8 @@ extern const OpDescription kLinearNBit;
 extern const OpDescription kLinearMixed;
 extern const OpDescription kEmbeddingNBit;
 extern const OpDescription kLinearExpertsNBit;
+extern const OpDescription kLinearVQ;
+extern const OpDescription kEmbeddingVQ;
 
 // The kernels' work on the thread pool of the session that calls. Valid during one compute().
 class SessionPool {

@@ -10,6 +10,6 @@ extern const Kernels kAvx2Kernels = {"avx2",
                                      avx2::quantize_row,
                                      avx2::linear_int8,
                                      avx2::linear_float,
-                                     avx2::add_outliers};
+                                     generic::vq_int8, generic::vq_float, avx2::add_outliers};
 
 }  // namespace qc

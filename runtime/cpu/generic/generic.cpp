@@ -170,6 +170,6 @@ void add_outliers(const LinearJob& job, int64_t tile_begin, int64_t tile_end, in
 
 extern const Kernels kGenericKernels = {"generic",    kBlockRows,           kBlockRows,
                                         quantize_row, each_tile<tile_int8>, each_tile<tile_float>,
-                                        add_outliers};
+                                        generic::vq_int8, generic::vq_float, add_outliers};
 
 }  // namespace qc
