@@ -11,6 +11,7 @@ the file instead.
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from qcompiler.ops.activation_range import INPUTS

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from qcompiler.errors import InputError, UnsupportedError
 from qcompiler.ops import SPECS
-from qcompiler.ops.formats import Activation, AffineFormat
+from qcompiler.ops.formats import Activation
+from qcompiler.ops.packing import format_of
 from qcompiler.ops.spec import DOMAIN
 from qcompiler.report import tables
 from qcompiler.report.tables import Column, Document, Table, Text
@@ -178,7 +179,7 @@ def _format(attributes: dict[str, int], node: onnx.NodeProto) -> str | None:
         return node.overload or None  # an op of another version: its variant is all that is known
     present = {declared.name for declared, name in zip(spec.inputs, node.input, strict=False) if name}
     try:
-        return AffineFormat(attributes["bits"], attributes["group"], symmetric="zeros" not in present).label
+        return format_of(attributes, present).label
     except (KeyError, ValueError):
         return node.overload or None
 
