@@ -22,7 +22,7 @@ from qcompiler.errors import InputError
 from qcompiler.ops import layout
 from qcompiler.ops.formats import LAYOUT_VERSION, AffineFormat
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ACTIVATIONS = {"float": 0, "int8_token": 1, "int8_block": 2, "int8_static": 3}
 
 _NAMES = {"darwin": "libqcompiler_ops.dylib", "win32": "libqcompiler_ops.dll"}
@@ -72,6 +72,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qc_codes_bytes": (ctypes.c_int64, [ctypes.c_int64, ctypes.c_int64, ctypes.c_int32]),
     "qc_scales_count": (ctypes.c_int64, [ctypes.c_int64, ctypes.c_int64, ctypes.c_int32]),
     "qc_zeros_bytes": (ctypes.c_int64, [ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]),
+    "qc_vq_codes_bytes": (ctypes.c_int64, [ctypes.c_int64, ctypes.c_int64] + [ctypes.c_int32] * 2),
+    "qc_vq_codebook_count": (ctypes.c_int64, [ctypes.c_int64, ctypes.c_int64] + [ctypes.c_int32] * 2),
+    "qc_vq_codebooks_bytes": (ctypes.c_int64, [ctypes.c_int64, ctypes.c_int64] + [ctypes.c_int32] * 4),
     "qc_linear_nbit": (
         ctypes.c_int32,
         [ctypes.POINTER(_Context), ctypes.POINTER(_Weight), ctypes.c_int32, ctypes.POINTER(_Range), ctypes.c_int64]
@@ -90,6 +93,15 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qc_embedding_nbit": (
         ctypes.c_int32,
         [ctypes.POINTER(_Context), ctypes.POINTER(_Weight), ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p],
+    ),
+    "qc_linear_vq": (
+        ctypes.c_int32,
+        [ctypes.POINTER(_Context), ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64]
+        + [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p],
+    ),
+    "qc_embedding_vq": (
+        ctypes.c_int32,
+        [ctypes.POINTER(_Context), ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p],
     ),
     "qc_pool_set_threads": (None, [ctypes.c_int32]),
     "qc_debug_last_codes_pointer": (ctypes.c_void_p, []),
