@@ -8,7 +8,9 @@ from qcompiler.ops import (
     SPECS,
     experts_linear,  # noqa: F401  a program that was saved with it needs it to be known
     layout,
+    vq_layout,
 )
+from qcompiler.ops.formats import VqFormat
 from qcompiler.ops.spec import OpSpec
 
 NAMESPACE = "qcompiler"
@@ -138,6 +140,20 @@ def linear_experts_nbit(
     return y
 
 
+def _check_vq(op, format, n, k, codes, codebooks, codebook_scales, scales) -> None:
+    """Sizes of a vector-quantized weight, whose values the library reads without a look at them."""
+    for name, tensor, dtype, shape in (
+        ("codes", codes, torch.uint8, vq_layout.codes_shape(n, k, format)),
+        ("codebooks", codebooks, torch.int8, vq_layout.codebooks_shape(n, k, format)),
+        ("codebook_scales", codebook_scales, torch.float16, format.blocks(n, k)),
+        ("scales", scales, torch.float16, vq_layout.scales_shape(n, k, format)),
+    ):
+        torch._check(
+            tensor.dtype == dtype and tensor.shape == shape,
+            lambda name=name, t=tensor, d=dtype, s=shape: f"{op}: {name} are {t.dtype} {list(t.shape)}, expected {d} {list(s)}",
+        )
+
+
 def linear_vq(
     x, codes, codebooks, codebook_scales, scales, bias, dim, centroids, block_rows, block_columns, group, n, k, activation,
     layout_version,
@@ -147,13 +163,15 @@ def linear_vq(
     Raises:
         RuntimeError: from the library: sizes that do not fit, activations that the op does not take.
     """
-    from qcompiler.runtime import library
+    from qcompiler.runtime import library_vq
 
     _check_x("linear_vq", x, k)
+    format = VqFormat(dim, centroids, block_rows, block_columns, group)
+    _check_vq("linear_vq", format, n, k, codes, codebooks, codebook_scales, scales)
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], n))
     if y.numel():
-        library.linear_vq_pointers(
+        library_vq.linear_vq_pointers(
             x.data_ptr(), codes.data_ptr(), codebooks.data_ptr(), codebook_scales.data_ptr(), scales.data_ptr(),
             _address(bias), y.data_ptr(), rows=y.numel() // n, dim=dim, centroids=centroids, block_rows=block_rows,
             block_columns=block_columns, group=group, n=n, k=k, activation=activation, threads=torch.get_num_threads(),
@@ -165,12 +183,14 @@ def embedding_vq(
     indices, codes, codebooks, codebook_scales, scales, dim, centroids, block_rows, block_columns, group, n, k, layout_version
 ):
     """CPU kernel of `embedding_vq`; negative indices count from the end."""
-    from qcompiler.runtime import library
+    from qcompiler.runtime import library_vq
 
+    format = VqFormat(dim, centroids, block_rows, block_columns, group)
+    _check_vq("embedding_vq", format, n, k, codes, codebooks, codebook_scales, scales)
     indices = torch.where(indices < 0, indices + n, indices).contiguous()
     y = torch.empty((*indices.shape, k))
     if y.numel():
-        library.embedding_vq_pointers(
+        library_vq.embedding_vq_pointers(
             indices.data_ptr(), codes.data_ptr(), codebooks.data_ptr(), codebook_scales.data_ptr(), scales.data_ptr(),
             y.data_ptr(), count=indices.numel(), dim=dim, centroids=centroids, block_rows=block_rows,
             block_columns=block_columns, group=group, n=n, k=k, threads=torch.get_num_threads(),

@@ -15,7 +15,7 @@ from qcompiler.ops import SPECS
 from qcompiler.ops.formats import Activation
 from qcompiler.ops.onnx_ops import register, single_node_model
 from qcompiler.ops.torch_ops import overload
-from qcompiler.runtime import library
+from qcompiler.runtime import library, library_vq
 
 register()
 # float32 sums in another order than the reference's float64
@@ -48,7 +48,8 @@ def run_ctypes(spec, case, isa: str) -> np.ndarray:
     arguments = {name: value for name, value in case.inputs.items() if value is not None}
     attributes = {name: value for name, value in case.attributes.items() if name != "layout_version"}
     first = np.ascontiguousarray(arguments.pop(spec.inputs[0].name))
-    return getattr(library, spec.name)(first, **arguments, **attributes, isa=isa)
+    call = getattr(library_vq if spec.name in ("linear_vq", "embedding_vq") else library, spec.name)
+    return call(first, **arguments, **attributes, isa=isa)
 
 
 def run_onnx(spec, case, with_library: bool) -> np.ndarray:
@@ -88,8 +89,9 @@ def test_fake_implementations_give_the_real_shapes():
         assert fake.shape == real.shape and fake.dtype == real.dtype
 
 
-def test_negative_indices_count_from_the_end():
-    spec = SPECS["embedding_nbit"]
+@pytest.mark.parametrize("name", ["embedding_nbit", "embedding_vq"])
+def test_negative_indices_count_from_the_end(name):
+    spec = SPECS[name]
     case = next(iter(spec.cases()))
     from dataclasses import replace
 
