@@ -51,7 +51,8 @@ class GptqOptions:
             the sweep pays for it after all compensation.
         norm: exponent of the search.
         correction: with cross statistics: `channel` (GPTAQ) or `target`.
-        compare: also round to nearest (clipping `mse`, all columns alike), and keep that where it has the lower loss.
+        compare: also round to nearest, and keep that where it has the lower loss. Its clipping is `mse`; where the first sweep
+            starts from such grids, they are its grids too.
         dtype: of the sweep.
     """
 
@@ -91,7 +92,7 @@ class GptqResult:
 
     Attributes:
         weight: codes in their natural order, scales, zeros.
-        loss_before: tr(D H Dᵀ) of rounding to nearest with the clipping `mse`; None where it was not compared. With cross
+        loss_before: tr(D H Dᵀ) of rounding to nearest, see `GptqOptions.compare`; None where it was not compared. With cross
             statistics the part of mean ‖W̃ x − W x̃‖² that depends on W̃, which may be negative.
         loss_after: the same of `weight`.
         damping: what was used, as a share of the mean of diag(H).
@@ -147,8 +148,7 @@ def gptq(
         loss = _loss(weight, rounded, hessian, cross)
         return GptqResult(rounded, loss, loss, factor.damping, factor.attempts, dead, options.ordering, factor.reason)
     layer = _layer(hessian, format, options, order, factor, cross)
-    nearest = affine.fit(weight, format, "mse", per_tensor=per_tensor) if options.compare else None
-    solved, before, after = _solve(layer, weight, nearest, per_tensor)
+    solved, nearest, before, after = _solve(layer, weight, per_tensor)
     result = GptqResult(solved, before, after, factor.damping, factor.attempts, dead, options.ordering)
     if nearest is None or before is None or after <= before:
         return result
@@ -230,45 +230,67 @@ def _layer(hessian: torch.Tensor, format, options, order, factor, cross) -> _Lay
 
 
 def _solve(
-    layer: _Layer, weight: torch.Tensor, nearest: AffineWeight | None, per_tensor: bool
-) -> tuple[AffineWeight, float | None, float]:
-    """The weight, the loss of `nearest` and that of the sweeps. Rows in pieces: given R, no row knows of another."""
+    layer: _Layer, weight: torch.Tensor, per_tensor: bool
+) -> tuple[AffineWeight, AffineWeight | None, float | None, float]:
+    """The weight, the one rounded to nearest, and the losses of both. Rows in pieces: given R, no row knows of another."""
     options, format = layer.options, layer.format
     whole = None
     if per_tensor:
         whole = affine.fit(weight, format, options.clipping, options.norm, True, layer.natural(layer.importance))
-    parts = []
+    parts: list[AffineWeight] = []
+    rounded: list[AffineWeight] = []
     before = after = torch.zeros((), dtype=torch.float64, device=weight.device)
     size = min(ROWS, max(512, ELEMENTS // weight.shape[1])) if weight.device.type == "cpu" else ROWS_ELSEWHERE
     pieces = range(0, len(weight), size)
     for start in pieces:
         rows = slice(start, start + pieces.step)
         columns = layer.columns(weight[rows])
-        if nearest is not None:
-            rounded = layer.columns(nearest.dequantize(rows))
-            before = before + layer.losses(columns, columns - rounded).sum()
-        known, passes = (None, options.passes) if whole is None else (_rows(whole, rows), 1)
-        part, losses = _sweeps(layer, weight[rows], columns, known, passes)
+        known, passes = (_first_grids(layer, weight[rows]), options.passes) if whole is None else (_rows(whole, rows), 1)
+        if options.compare:
+            if known is None or (options.clipping != "mse" and not per_tensor):
+                rounded.append(affine.fit(weight[rows], format, "mse"))
+            else:
+                rounded.append(known)
+            before = before + layer.losses(columns, columns - layer.columns(rounded[-1].dequantize())).sum()
+        part, losses = _sweeps(layer, columns, known, passes)
         parts.append(part)
         after = after + losses.sum()
+    if not options.compare:
+        return _joined(parts, format), None, None, after.item()
+    return _joined(parts, format), _joined(rounded, format), before.item(), after.item()
+
+
+def _joined(parts: list[AffineWeight], format: AffineFormat) -> AffineWeight:
+    """Rows that were solved apart."""
     zeros = None if format.symmetric else torch.cat([p.zeros for p in parts if p.zeros is not None])
-    solved = AffineWeight(torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts]), zeros, format)
-    return solved, None if nearest is None else before.item(), after.item()
+    return AffineWeight(torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts]), zeros, format)
+
+
+def _first_grids(layer: _Layer, weight: torch.Tensor) -> AffineWeight | None:
+    """`weight` `[n, k]` rounded on the grids that the first sweep starts from; None where it finds its own on the way."""
+    options = layer.options
+    if options.groups != "static" and layer.order.begins:
+        return None
+    # Where one group is all, nothing has changed when it is reached: live and static are the same.
+    factors = affine.COARSE if options.passes > 1 else affine.SHRINK
+    importance = layer.natural(layer.importance)
+    return affine.fit(weight, layer.format, options.clipping, options.norm, importance=importance, factors=factors)
 
 
 def _sweeps(
-    layer: _Layer, weight: torch.Tensor, columns: torch.Tensor, known: AffineWeight | None, passes: int
+    layer: _Layer, columns: torch.Tensor, known: AffineWeight | None, passes: int
 ) -> tuple[AffineWeight, torch.Tensor]:
-    """Solve the rows `weight` `[n, k]`, which `columns` holds in the order of the sweep; also their losses `[n]`."""
+    """Solve some rows, `columns` `[k, n]` in the order of the sweep; also their losses `[n]`.
+
+    Args:
+        known: the first sweep's grids, unless it finds its own.
+    """
     options, format = layer.options, layer.format
     counted = layer.natural(layer.importance)
     factors = affine.COARSE if passes > 1 else affine.SHRINK
     target = columns
     if layer.cross is not None and options.correction == "target":
         target = gptaq.target(columns, layer.cross, layer.factor.upper)
-    if known is None and (options.groups == "static" or not layer.order.begins):
-        # Where one group is all, nothing has changed when it is reached: live and static are the same.
-        known = affine.fit(weight, format, options.clipping, options.norm, importance=counted, factors=factors)
     best: tuple[AffineWeight, torch.Tensor] | None = None
     for index in range(passes):
         grids = _grids(layer, columns, known)
