@@ -27,7 +27,7 @@ from tests.models import tiny
 # Relative to the largest value. Stock int8 activations have a scale a block of the weight, ours a token or 128 inputs.
 FLOAT_TOLERANCE, INT8_TOLERANCE = 1e-4, 2e-2
 GROUPS: dict[tuple[str, str], list] = {}
-for _spec in SPECS.values():
+for _spec in (spec for spec in SPECS.values() if "bits" in spec.attributes):
     for _case in _spec.cases():
         GROUPS.setdefault((_spec.name, _case.label.split(" ")[0]), []).append((_spec, _case))
 
@@ -93,6 +93,13 @@ def test_other_widths_are_refused(name: str, format: str) -> None:
     for spec, case in {pair[1].attributes.get("activation"): pair for pair in REFUSED[name, format]}.values():
         with pytest.raises(UnsupportedError, match=f"no kernel for {format}"):
             to_stock(single_node_model(spec, case))
+
+
+@pytest.mark.parametrize("name", ["linear_vq", "embedding_vq"])
+def test_codebooks_are_refused(name: str) -> None:
+    spec = SPECS[name]
+    with pytest.raises(UnsupportedError, match=f"`onnx-stock` has nothing in place of {spec.onnx_name}"):
+        to_stock(single_node_model(spec, next(iter(spec.cases()))))
 
 
 def test_the_recipe_is_refused_by_name_with_the_nearest_that_works() -> None:
