@@ -5,14 +5,24 @@ After "GPTVQ: the blessing of dimensionality for LLM quantization" (arXiv 2402.1
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from qcompiler.numerics.damping import LARGEST
+from qcompiler.numerics import gptaq
+from qcompiler.numerics import hessian as moments
+from qcompiler.numerics.damping import LARGEST, NotFactored, factorise
 from qcompiler.numerics.vq import VqWeight
+from qcompiler.numerics.vq_codec import Codec
+from qcompiler.numerics.vq_shape import VqGeneral, VqShape, VqSolution
+from qcompiler.numerics.vq_sweep import Plan, Rows, Solved, Tuning, plan
 from qcompiler.ops.formats import VqFormat
+
+# Rows that are solved at once: some six float32 matrices of [k, rows] should be small beside the Hessian.
+ROWS, ELEMENTS = 4096, 2**24
+ROWS_ELSEWHERE = 65536
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ class GptvqOptions:
     floor: float = 1e-6
     iterations: int = 100
     tolerance: float = 1e-3
-    seeding: Literal["mahalanobis", "k-means++"] = "mahalanobis"
+    seeding: Literal["mahalanobis", "k-means++", "neighbour"] = "mahalanobis"
     rounds: int = 2
     passes: int = 1
     steps: int = 8
@@ -51,7 +61,7 @@ class GptvqOptions:
 
     def __post_init__(self) -> None:
         allowed = {
-            "mode": ("exact", "official"), "seeding": ("mahalanobis", "k-means++"), "ordering": ("none", "activation"),
+            "mode": ("exact", "official"), "seeding": ("mahalanobis", "k-means++", "neighbour"), "ordering": ("none", "activation"),
             "dtype": (torch.float32, torch.float64),
         }  # fmt: skip
         for name, values in allowed.items():
@@ -63,6 +73,9 @@ class GptvqOptions:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
         if not 0 <= self.damping <= LARGEST or not 0 <= self.floor <= 1:
             raise ValueError(f"damping is {self.damping:g} and floor {self.floor:g}, expected shares of the mean, 0 to 1")
+
+
+NEAREST = GptvqOptions(iterations=30)
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,7 @@ class GptvqResult:
         fallback: why `weight` is that of `vq_nearest` after all, or None. A caller reports it.
     """
 
-    weight: VqWeight
+    weight: VqSolution
     loss_before: float | None
     loss_after: float
     damping: float
@@ -93,7 +106,7 @@ class GptvqResult:
 def gptvq(
     weight: torch.Tensor,
     hessian: torch.Tensor | None,
-    format: VqFormat,
+    format: VqFormat | VqShape,
     options: GptvqOptions = GptvqOptions(),
     *,
     cross: torch.Tensor | None = None,
@@ -117,4 +130,226 @@ def gptvq(
         ValueError: NaN or infinite entries, shapes that do not fit, more centroids than a block has vectors, or a range
             that float16 scales cannot hold.
     """
-    raise NotImplementedError
+    n, k = weight.shape
+    shape = format if isinstance(format, VqShape) else VqShape.of(format)
+    _check(weight, hessian, shape, cross, row_hessians, table)
+    codec = Codec.of(shape, weight, table)
+    parts = [hessian] if row_hessians is None else list(row_hessians)
+    solver = _Solver(shape, codec, options, seed)
+    size = n // len(parts)
+    found = []
+    for part, own in enumerate(parts):
+        assert own is not None
+        found.append(solver.solve(weight[part * size : (part + 1) * size], own, cross))
+    solved = solver.solution([piece for part in found for piece in part.pieces], n, k)
+    dead = max(int((own.diagonal() == 0).sum()) for own in parts if own is not None)
+    damping, attempts = max(part.damping for part in found), sum(part.attempts for part in found)
+    reasons = [part.reason for part in found if part.reason]
+    losses = lambda w: sum(  # noqa: E731
+        _loss(weight[i * size : (i + 1) * size], w.dequantize(slice(i * size, (i + 1) * size)), own, cross)
+        for i, own in enumerate(parts)
+    )
+    after = losses(solved)
+    before = None
+    fallback = reasons[0] if reasons else None
+    if options.compare:
+        rounded = vq_nearest(weight, format, table, seed=seed)
+        before = losses(rounded)
+        if not after <= before:
+            fallback = fallback or f"the layer loss of the sweep, {after:.4g}, is above that of the weight's own codebooks, {before:.4g}"
+            solved, after = rounded, before
+    return GptvqResult(solved, before, after, damping, attempts, dead, fallback)
+
+
+@torch.no_grad()
+def vq_nearest(
+    weight: torch.Tensor, format: VqFormat | VqShape, table: torch.Tensor | None = None, *, seed: int = 0
+) -> VqSolution:
+    """Codebooks and scales of the weight alone: Σ (W − W̃)² is made small.
+
+    Args:
+        weight: float `[n, k]`, finite.
+        format, table, seed: as in `gptvq`.
+
+    Raises:
+        ValueError: as `gptvq`.
+    """
+    n, k = weight.shape
+    shape = format if isinstance(format, VqShape) else VqShape.of(format)
+    _check(weight, None, shape, None, None, table)
+    solver = _Solver(shape, Codec.of(shape, weight, table), NEAREST, seed)
+    return solver.solution(solver.nearest(weight), n, k)
+
+
+def _check(weight, hessian, shape: VqShape, cross, row_hessians, table) -> None:
+    if not torch.isfinite(weight).all():
+        raise ValueError("the weight has NaN or infinite entries")
+    n, k = weight.shape
+    if table is not None and table.shape != (shape.centroids, shape.dim):
+        raise ValueError(f"the table is {list(table.shape)}, expected [{shape.centroids}, {shape.dim}]: one row for each entry")
+    rows, columns = min(shape.rows or n, n), min(shape.columns or k, k)
+    vectors = rows * shape.vectors(columns)
+    if table is None and shape.centroids > vectors:
+        raise ValueError(
+            f"{shape.centroids} centroids for a block of {rows} x {columns} weights, which are {vectors} vectors of "
+            f"{shape.dim}: a codebook would be larger than what it stands for; use fewer centroids or larger blocks"
+        )
+    if hessian is not None:
+        moments.check(hessian, k)
+    if cross is not None:
+        moments.check(cross, k, "cross statistic")
+    if row_hessians is not None:
+        if n % len(row_hessians):
+            raise ValueError(f"{n} rows have no {len(row_hessians)} equal parts, one for each Hessian")
+        size = n // len(row_hessians)
+        if len(row_hessians) > 1 and table is None and (not shape.rows or size % shape.rows):
+            raise ValueError(
+                f"a codebook's rows, {shape.rows or 'all'}, would cross the {len(row_hessians)} parts of {size} rows that have "
+                "a Hessian each; use fewer parts, or smaller blocks"
+            )
+        for own in row_hessians:
+            moments.check(own, k)
+
+
+def _loss(weight: torch.Tensor, dequantized: torch.Tensor, hessian: torch.Tensor, cross: torch.Tensor | None) -> float:
+    loss = moments.layer_loss(weight, dequantized, hessian)
+    if cross is not None:
+        w = weight.to(cross.dtype)
+        loss += gptaq.linear_terms(w.T, (w - dequantized).T, cross).sum().item()
+    return loss
+
+
+@dataclass
+class _Piece:
+    """Solved rows, natural order: indices int32 `[n, vectors]`, codes and steps of `[down, across]`, scales `[n, groups]`."""
+
+    indices: torch.Tensor
+    codes: torch.Tensor
+    steps: torch.Tensor
+    scales: torch.Tensor
+
+
+@dataclass
+class _Part:
+    """The rows that share a Hessian."""
+
+    pieces: list[_Piece]
+    damping: float
+    attempts: int
+    reason: str | None = None
+
+
+class _Solver:
+    def __init__(self, shape: VqShape, codec: Codec, options: GptvqOptions, seed: int) -> None:
+        self.shape, self.codec, self.options = shape, codec, options
+        self.seed = seed
+        self.fixed = codec.table is not None
+
+    def solve(self, weight: torch.Tensor, hessian: torch.Tensor, cross: torch.Tensor | None) -> _Part:
+        options, k = self.options, weight.shape[1]
+        padding = self.shape.vectors(k) * self.shape.dim - k
+        diagonal = hessian.diagonal()
+        layout = plan(diagonal, self.shape, options.ordering, self.fixed)
+        if padding:
+            mean = diagonal.mean().expand(padding)
+            hessian = torch.block_diag(hessian, torch.diag(torch.where(mean > 0, mean, 1.0)))
+        permutation = layout.permutation
+        factor = factorise(hessian, options.damping, options.floor, permutation, options.dtype)
+        if isinstance(factor, NotFactored):
+            return _Part(self.nearest(weight), factor.damping, factor.attempts, factor.reason)
+        target = None
+        if cross is not None:
+            cross = torch.nn.functional.pad(cross, (0, padding, 0, padding)).to(options.dtype)
+            cross = cross.index_select(0, permutation).index_select(1, permutation)
+            target = lambda columns: gptaq.target(columns, cross, factor.upper)  # noqa: E731
+        damped = _Damped(hessian, factor.added.to(options.dtype), permutation)
+        pieces = []
+        for rows in self._pieces(weight):
+            solver = self._rows(rows, layout, target)
+            solved = solver.sweep(factor.upper)
+            for _ in range(options.passes):
+                solver.improve(solved, damped.product, damped.metric)
+            pieces.append(self._natural(solved, layout, len(rows)))
+        return _Part(pieces, factor.damping, factor.attempts)
+
+    def nearest(self, weight: torch.Tensor) -> list[_Piece]:
+        layout = plan(weight.new_ones(weight.shape[1]), self.shape, "none", self.fixed)
+        return [self._natural(self._rows(rows, layout).sweep(None), layout, len(rows)) for rows in self._pieces(weight)]
+
+    def _pieces(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Rows in pieces of whole codebooks."""
+        n, k = weight.shape
+        if not (self.shape.rows or self.fixed) or self.shape.scales == "log4" or self.shape.codebooks == "svd":
+            return (weight,)
+        size = max(512, min(ROWS, ELEMENTS // k)) if weight.device.type == "cpu" else ROWS_ELSEWHERE
+        step = self.shape.rows or 1
+        return weight.split(-(-size // step) * step)
+
+    def _rows(self, weight: torch.Tensor, layout: Plan, target: Callable | None = None) -> Rows:
+        n, k = weight.shape
+        rows = n if self.fixed or not self.shape.rows else min(self.shape.rows, n)
+        columns = weight.new_zeros(len(layout.permutation), -(-n // rows) * rows, dtype=self.options.dtype)
+        real = layout.permutation < k
+        columns[:, :n] = weight.to(self.options.dtype).T[layout.permutation.clamp(max=k - 1)] * real[:, None]
+        columns /= self.codec.unit
+        if target is not None:
+            columns = target(columns)
+        generator = torch.Generator().manual_seed(self.seed)
+        options = self.options
+        tuning = Tuning(
+            options.iterations, options.tolerance, options.seeding, options.rounds, options.passes, options.steps,
+        )  # fmt: skip
+        return Rows(columns, n, rows, layout, self.codec, tuning, generator)
+
+    def _natural(self, solved: Solved, layout: Plan, count: int) -> _Piece:
+        blocks = solved.blocks
+        placed = torch.cat([b.block.indices for b in blocks])[:, :count].T
+        indices = torch.empty_like(placed, memory_format=torch.contiguous_format)
+        indices[:, layout.vectors] = placed
+        across = 1 + max(span.across for span in layout.spans)
+        codes = blocks[0].codes.new_zeros(len(blocks[0].codes), across, *blocks[0].codes.shape[1:])
+        steps = blocks[0].steps.new_zeros(len(blocks[0].steps), across)
+        groups = 1 + max(max(span.groups) for span in layout.spans)
+        scales = blocks[0].block.scales.new_zeros(count, groups)
+        for span, coded in zip(layout.spans, blocks, strict=True):
+            codes[:, span.across], steps[:, span.across] = coded.codes, coded.steps
+            scales[:, span.groups] = coded.block.scales.T[:count]
+        return _Piece(indices, codes, steps, scales)
+
+    def solution(self, pieces: list[_Piece], n: int, k: int) -> VqSolution:
+        shape, codec = self.shape, self.codec
+        indices = torch.cat([piece.indices for piece in pieces])
+        codes, steps = torch.cat([piece.codes for piece in pieces]), torch.cat([piece.steps for piece in pieces])
+        if self.fixed:  # pieces of rows had one each
+            down, across = shape.blocks(n, k)
+            codes, steps = (t[:1, :1].expand(down, across, *t.shape[2:]).contiguous() for t in (codes, steps))
+        scales = torch.cat([piece.scales for piece in pieces]) * codec.scale_unit
+        steps = steps * codec.codebook_unit
+        if not torch.isfinite(scales).all():
+            raise ValueError("a scale is infinite")
+        try:
+            packed = shape.packed()
+        except ValueError:
+            values = (codes * steps[..., None, None]).float()
+            return VqGeneral(indices, values, scales.float(), k, shape)
+        return VqWeight(indices.to(torch.uint8), codes.to(torch.int8), steps.half(), scales.half(), k, packed)
+
+
+@dataclass(frozen=True)
+class _Damped:
+    """H + δ in the order of the sweep, a block of rows at a time: nothing of its size is held beside it."""
+
+    hessian: torch.Tensor
+    added: torch.Tensor
+    permutation: torch.Tensor
+
+    def product(self, here: slice, difference: torch.Tensor) -> torch.Tensor:
+        rows = self.hessian.index_select(0, self.permutation[here]).index_select(1, self.permutation)
+        made = rows.to(difference.dtype) @ difference
+        return made.addcmul_(self.added[here, None], difference[here])
+
+    def metric(self, here: slice) -> torch.Tensor:
+        own = self.permutation[here]
+        made = self.hessian.index_select(0, own).index_select(1, own).to(self.added.dtype)
+        made.diagonal().add_(self.added[here])
+        return made

@@ -1,0 +1,334 @@
+"""The sweep of GPTVQ over blocks of columns, and passes over all columns after it.
+
+With H + diag(δ) = R Rᵀ, R upper, and U = R⁻¹, quantizing the d columns P of a vector jointly costs ‖(x − q) R_PP‖² of the
+loss, x what the columns before have made of them, and (x − q) R_PP U_P,l is what later columns take over. The same holds for
+a whole block B of columns: what later columns cannot take over of its error is ‖(x − q) R_BB‖². So when the sweep reaches
+a block, its codebooks, scales and indices are first found one vector after another, as GPTQ does, and then refined together
+under the metric R_BB R_BBᵀ. After the last block, passes refine each block again, under H + δ with all others as they are.
+
+Weights are transposed here, `[columns, n]`, in the order of the sweep, rows padded to whole codebooks with zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from qcompiler.numerics import codebook
+from qcompiler.numerics.codebook import Nearest
+from qcompiler.numerics.vq_block import Block, Form, diagonal_blocks, remove_blocks, solve_codebooks, solve_scales, visit
+from qcompiler.numerics.vq_codec import Codec, log_scales
+from qcompiler.numerics.vq_shape import VqShape
+
+SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)  # of the scale that covers a group, with fixed entries
+FIXED_WIDTH = 128  # columns of a block where the codebook is fixed: no format limits it
+
+
+@dataclass(frozen=True)
+class Span:
+    """A block of the sweep: positions `start` to `stop`.
+
+    Attributes:
+        across: its codebook among those of a row.
+        groups: of scales that its columns have, ascending; `group`: of each of its vectors, positions in `groups`.
+        real: `[stop - start, 1]`, 0 for padding; None where there is none.
+    """
+
+    start: int
+    stop: int
+    across: int
+    groups: list[int]
+    group: list[int]
+    real: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which column is where.
+
+    Attributes:
+        permutation: int64 `[k']`, position -> column; columns from k on are padding.
+        vectors: int64 `[k' / d]`, position -> natural vector.
+        spans: blocks in the order of the sweep.
+    """
+
+    permutation: torch.Tensor
+    vectors: torch.Tensor
+    spans: list[Span]
+
+
+def plan(diagonal: torch.Tensor, shape: VqShape, ordering: str, fixed: bool) -> Plan:
+    """Plan a sweep: blocks by their largest diag(H), and the vectors of a block too; or all in their order with `none`.
+
+    Args:
+        diagonal: diag(H) `[k]`.
+        fixed: the codebook is given, and a block need not have one of its own.
+    """
+    k, device = len(diagonal), diagonal.device
+    members = shape.members(k).to(device)
+    first = members[:, 0]
+    width = shape.columns or (k if not fixed else max(FIXED_WIDTH, shape.group))
+    block = first // width
+    score = torch.where(members < k, diagonal[members.clamp(max=k - 1)], -torch.inf).amax(1)
+    if ordering == "none":
+        vectors = torch.arange(len(members), device=device)
+    else:
+        largest = score.new_full((int(block.max()) + 1,), -torch.inf).scatter_reduce(0, block, score, "amax")
+        vectors = torch.argsort(score, descending=True, stable=True)
+        vectors = vectors[torch.argsort(block[vectors], stable=True)]
+        rank = torch.argsort(torch.argsort(largest, descending=True, stable=True))
+        vectors = vectors[torch.argsort(rank[block[vectors]], stable=True)]
+    columns = members[vectors]
+    own = (first[vectors] // shape.group if shape.group else torch.zeros_like(vectors)).tolist()
+    blocks = block[vectors].tolist()
+    edges = [i for i in range(len(blocks)) if i == 0 or blocks[i] != blocks[i - 1]] + [len(blocks)]
+    spans = []
+    for begin, end in zip(edges, edges[1:], strict=False):
+        groups = sorted(set(own[begin:end]))
+        real = (columns[begin:end] < k).view(-1, 1)
+        spans.append(
+            Span(
+                begin * shape.dim, end * shape.dim, blocks[begin] if shape.columns else 0, groups,
+                [groups.index(group) for group in own[begin:end]], None if bool(real.all()) else real,
+            )
+        )  # fmt: skip
+    return Plan(columns.reshape(-1), vectors, spans)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What the solver may spend; see `GptvqOptions`."""
+
+    iterations: int
+    tolerance: float
+    seeding: str
+    rounds: int
+    passes: int
+    steps: int
+
+
+@dataclass
+class Solved:
+    """A piece of rows as it is stored, by the order of the sweep's blocks.
+
+    Attributes:
+        blocks: of each span; `codes` `[G, K, d]` and `steps` `[G]` of its entries.
+        difference: W − W̃ `[k', n]`.
+    """
+
+    blocks: list[Coded]
+    difference: torch.Tensor
+
+
+@dataclass
+class Coded:
+    """A block whose entries are codes times steps."""
+
+    block: Block
+    codes: torch.Tensor
+    steps: torch.Tensor
+
+
+class Rows:
+    """Solves some rows that share their Hessian; `rows` of them share a codebook."""
+
+    def __init__(
+        self, columns: torch.Tensor, count: int, rows: int, layout: Plan, codec: Codec, tuning: Tuning, generator: torch.Generator
+    ) -> None:
+        """Args:
+        columns: W / unit `[k', n']` in the order of the sweep, n' a multiple of `rows`; the rows from `count` on are padding.
+        """
+        self.columns, self.count, self.rows = columns, count, rows
+        self.layout, self.codec, self.tuning, self.generator = layout, codec, tuning, generator
+        self.shape = codec.shape
+        self.groups = columns.shape[1] // rows
+        self.nearest = Nearest(self.shape.centroids, columns)
+        position = torch.arange(columns.shape[1], device=columns.device)
+        self.real = (position < count).to(columns.dtype)
+        last = (self.groups - 1) * rows
+        # Rows of padding have the values of others where points are seeded, and weigh nothing.
+        self.source = torch.where(position < count, position, last + (position - last) % max(count - last, 1))
+        self.whole: torch.Tensor | None = None
+        if self.shape.scales != "none" and not self.shape.group:
+            self.whole = self._root_mean_square(columns)
+            if codec.table is not None:
+                vectors = columns.view(-1, self.shape.dim, columns.shape[1])
+                self.whole = self._searched(vectors, torch.eye(self.shape.dim).to(columns).expand(len(vectors), -1, -1))
+
+    # ---- the sweep
+
+    def sweep(self, upper: torch.Tensor | None) -> Solved:
+        """All blocks once; `upper` is R in the order of the sweep, None for the identity."""
+        difference = torch.empty_like(self.columns)
+        blocks: list[Coded] = []
+        for span in self.layout.spans:
+            here, before = slice(span.start, span.stop), slice(0, span.start)
+            live = self.columns[here]
+            if upper is None:
+                own = torch.eye(span.stop - span.start, dtype=live.dtype, device=live.device)
+                inverse = own
+            else:
+                own = upper[here, here]
+                inverse = torch.linalg.solve_triangular(own, torch.eye(len(own), dtype=own.dtype, device=own.device), upper=True)
+                if span.start:
+                    live = torch.addmm(live, inverse.T, upper[before, here].T @ difference[before])
+            form = Form(own @ own.T, self.shape.dim, span.real if span.real is None else span.real.to(own.dtype))
+            feedback = torch.bmm(diagonal_blocks(own, self.shape.dim), inverse.view(-1, self.shape.dim, len(own)))
+            feedback = remove_blocks(feedback.view(own.shape), self.shape.dim).T.contiguous()
+            coded = self._begin(span, live, form, blocks[-1] if blocks else None)
+            decoded = visit(live.clone(), feedback, form.choice, coded.block, self.nearest)
+            gradient = form.metric @ (live - decoded)
+            decoded = self.refine(coded, form, decoded, gradient, self.shape.group > 0)
+            torch.sub(self.columns[here], decoded, out=difference[here])
+            blocks.append(coded)
+        return Solved(blocks, difference)
+
+    def improve(self, solved: Solved, product: Callable[[slice, torch.Tensor], torch.Tensor], metric: Callable) -> None:
+        """One pass: each block refined while the others stay.
+
+        Args:
+            product: (positions B, D) -> (H + δ)[B, :] D.
+            metric: positions B -> (H + δ)[B, B].
+        """
+        if self.whole is not None and self.shape.scales == "fp16":
+            self._row_scales(solved, product)
+        for span, coded in zip(self.layout.spans, solved.blocks, strict=True):
+            here = slice(span.start, span.stop)
+            form = Form(metric(here), self.shape.dim, span.real if span.real is None else span.real.to(self.columns.dtype))
+            gradient = product(here, solved.difference)
+            if span.real is not None:
+                gradient = gradient * span.real
+            decoded = self.refine(coded, form, coded.block.decode(), gradient, self.shape.group > 0)
+            torch.sub(self.columns[here], decoded, out=solved.difference[here])
+
+    # ---- a block
+
+    def refine(self, coded: Coded, form: Form, decoded: torch.Tensor, gradient: torch.Tensor, scales: bool) -> torch.Tensor:
+        """Rounds of entries, scales and indices; a group of rows keeps the best. `gradient` is M (x − q); returns q."""
+        for _ in range(self.tuning.rounds):
+            start, first = replace(coded.block, indices=coded.block.indices.clone()), decoded
+            trial, codes, steps = replace(start), coded.codes, coded.steps
+            if self.codec.table is None:
+                entries = solve_codebooks(trial, form, gradient, self.tuning.steps)
+                codes, steps = self.codec.codebooks(entries)
+                trial = replace(trial, entries=codes * steps[:, None, None])
+                changed = trial.decode()
+                moved = gradient - form.metric @ (changed - first)
+            else:
+                changed, moved = first, gradient
+            if scales and self.shape.scales == "fp16":
+                found = self.codec.scales(solve_scales(trial, form, changed, moved))
+                trial = replace(trial, scales=torch.where(torch.isfinite(found), found, trial.scales))
+                changed = trial.decode()
+                moved = gradient - form.metric @ (changed - first)
+            trial.indices = trial.indices.clone()
+            base = changed + form.newton(moved)
+            changed = visit(base, form.coupling, form.choice, trial, self.nearest, changed)
+            step = changed - first
+            image = form.metric @ step
+            change = (step * (image - 2 * gradient)).sum(0).view(self.groups, self.rows).sum(1)
+            better = change < 0
+            rows = better.repeat_interleave(self.rows)
+            coded.block = Block(
+                torch.where(better[:, None, None], trial.entries, start.entries),
+                torch.where(rows, trial.indices, start.indices), torch.where(rows, trial.scales, start.scales),
+                start.group, start.real,
+            )  # fmt: skip
+            coded.codes = torch.where(better[:, None, None], codes, coded.codes)
+            coded.steps = torch.where(better, steps, coded.steps)
+            decoded = torch.where(rows, changed, first)
+            gradient = gradient - image.mul_(rows)
+        return decoded
+
+    def _begin(self, span: Span, live: torch.Tensor, form: Form, neighbour: Coded | None) -> Coded:
+        """Scales and a codebook for a block that the sweep has reached."""
+        dim, groups = self.shape.dim, self.groups
+        scales = self._scales(span, live, form)
+        vectors = len(span.group)
+        indices = torch.zeros(vectors, live.shape[1], dtype=torch.int32, device=live.device)
+        if self.codec.table is not None:
+            codes, step = self.codec.table
+            codes = codes.to(live.dtype).expand(groups, -1, -1).contiguous()
+            steps = step.to(live.dtype).expand(groups).contiguous()
+            return Coded(Block(codes * steps[:, None, None], indices, scales, span.group, span.real), codes, steps)
+        spread = scales[torch.tensor(span.group, device=live.device)]  # [v, n]
+        source = spread[:, self.source]
+        points = live[:, self.source].view(vectors, dim, -1) * torch.where(source == 0, 0.0, 1 / source)[:, None]
+        points = points.view(vectors, dim, groups, self.rows).permute(2, 1, 0, 3).reshape(groups, dim, -1)
+        weights = spread.square().view(vectors, groups, self.rows).transpose(0, 1).reshape(groups, -1)
+        metric = form.choice.permute(1, 2, 0)[..., None].expand(-1, -1, -1, self.rows).reshape(dim, dim, -1)
+        features = codebook.features(points, metric, weights)
+        if self.tuning.seeding == "k-means++":
+            start = codebook.seed_plus_plus(points, features, self.shape.centroids, self.generator)
+        elif neighbour is not None and self.tuning.seeding == "neighbour":
+            start = neighbour.block.entries
+        else:
+            start = codebook.seed_mahalanobis(points, self.shape.centroids)
+        entries, _, _ = codebook.em(points, features, start, self.tuning.iterations, self.tuning.tolerance, self.nearest)
+        codes, steps = self.codec.codebooks(entries)
+        return Coded(Block(codes * steps[:, None, None], indices, scales, span.group, span.real), codes, steps)
+
+    # ---- scales
+
+    def _scales(self, span: Span, live: torch.Tensor, form: Form) -> torch.Tensor:
+        """Of each group of a block's columns, `[groups, n]`."""
+        if self.shape.scales == "none":
+            return self.real.expand(1, -1).contiguous()
+        if self.whole is not None:
+            return self.whole
+        if self.codec.table is not None:
+            members = torch.tensor(span.group, device=live.device)
+            vectors = live.view(len(members), self.shape.dim, -1)
+            groups = range(len(span.groups))
+            return torch.cat([self._searched(vectors[members == g], form.choice[members == g]) for g in groups])
+        own = torch.tensor(span.group, device=live.device).repeat_interleave(self.shape.dim)
+        found = torch.cat([self._root_mean_square(live[own == group]) for group in range(len(span.groups))])
+        return log_scales(found) if self.shape.scales == "log4" else self.codec.scales(found)
+
+    def _root_mean_square(self, columns: torch.Tensor) -> torch.Tensor:
+        return self.codec.scales(columns.square().mean(0, keepdim=True).sqrt() * self.real)
+
+    def _searched(self, vectors: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
+        """With fixed entries: the factor on the scale that just covers all of a group that makes its error least.
+
+        Args:
+            vectors: `[v, d, n]`.
+            metric: `[v, d, d]`.
+        """
+        assert self.codec.table is not None
+        codes, step = self.codec.table
+        entries = codes.to(vectors.dtype) * step.to(vectors.dtype)
+        largest = vectors.abs().amax((0, 1)) / entries.abs().max()
+        points = vectors.permute(2, 1, 0)  # [n, d, v]
+        shared = metric.permute(1, 2, 0)
+        ones = points.new_ones(len(points), points.shape[2])
+        table = codebook.table(entries[None]).expand(len(points), -1, -1)
+        best, least = largest, torch.full_like(largest, torch.inf)
+        for factor in SHRINK:
+            scale = self.codec.scales(largest * factor)
+            inverse = torch.where(scale == 0, 0.0, 1 / scale)
+            features = codebook.features(points * inverse[:, None, None], shared, ones)
+            error = self.nearest(features, table)[1].sum(1) * scale.square()
+            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+        return (best * self.real)[None]
+
+    def _row_scales(self, solved: Solved, product: Callable) -> None:
+        """Scales of whole rows, which all blocks share, made best while everything else stays."""
+        assert self.whole is not None
+        inverse = torch.where(self.whole == 0, 0.0, 1 / self.whole)
+        unit = (self.columns - solved.difference).mul_(inverse)
+        right, length = torch.zeros_like(self.whole), torch.zeros_like(self.whole)
+        for span in self.layout.spans:
+            here = slice(span.start, span.stop)
+            right += (product(here, solved.difference) * unit[here]).sum(0)
+            length += (product(here, unit) * unit[here]).sum(0)
+        found = self.codec.scales(self.whole + torch.where(length > 0, right / length, 0.0))
+        step = found - self.whole
+        better = (step * (step * length - 2 * right) < 0) & torch.isfinite(found)
+        self.whole = torch.where(better, found, self.whole)
+        for span, coded in zip(self.layout.spans, solved.blocks, strict=True):
+            here = slice(span.start, span.stop)
+            coded.block = replace(coded.block, scales=self.whole)
+            torch.sub(self.columns[here], coded.block.decode(), out=solved.difference[here])
