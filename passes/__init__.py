@@ -18,6 +18,7 @@ _WHERE = {
     "clip_search": "solve.clip_search:ClipSearch",
     "distill_blocks": "solve.distill_blocks:DistillBlocks",
     "gptq": "solve.gptq:Gptq",
+    "guide": "observe.guide:Guide",
     "gptvq": "solve.gptvq:Gptvq",
     "llm_int8": "observe.find_outliers:FindOutliers",
     "place_observers": "observe.place_observers:PlaceObservers",

@@ -31,6 +31,8 @@ class Context:
         packed: solutions packed already, by identity: (solution, its tensors as the kernels read them).
         static_ranges: site name -> (scale, zero point) of its input, for sites with static int8 activations.
         outliers: site name -> sorted columns of its input that stay in float beside the quantized product.
+        guides: site name -> how much the end loss cares about each calibration token and group of the site's outputs:
+            float32 `[tokens of all samples in their order, groups]`, of mean 1 a group.
         memory: bytes of anonymous memory that calibration may take, or None for no bound.
         scratch: a folder for what does not fit: solutions, packed weights, activations between segments; None keeps them
             in memory.
@@ -46,6 +48,7 @@ class Context:
     packed: dict[int, tuple[Solution, dict[str, torch.Tensor]]] = field(default_factory=dict)
     static_ranges: dict[str, tuple[float, int]] = field(default_factory=dict)
     outliers: dict[str, torch.Tensor] = field(default_factory=dict)
+    guides: dict[str, torch.Tensor] = field(default_factory=dict)
     memory: int | None = None
     scratch: Path | None = None
     store: SolvedStore | None = None

@@ -8,6 +8,7 @@ The weights stay in their files; only one segment's recorded values of one sampl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from qcompiler.graph.graph import Graph, Site
 from qcompiler.sweep.backward_plan import plan_backward
 from qcompiler.sweep.execute import Executor
 from qcompiler.sweep.order import Order, Stretch, order
-from qcompiler.sweep.sizes import bindings, node_bytes
+from qcompiler.sweep.sizes import bindings, node_bytes, size_of
 from qcompiler.sweep.values import Values
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class Backward:
         context: its samples and its budget.
         sites: whose outputs' gradients are wanted.
         loss: of a sample.
-        kept: bytes that the caller keeps a site while its segment is worked on.
+        kept: bytes that the caller keeps of a site while its segment is worked on, from the rows of z in all samples.
+        scale: of the loss while its gradients flow.
 
     Raises:
         UsageError: there are no samples.
@@ -50,10 +52,16 @@ class Backward:
     """
 
     def __init__(
-        self, graph: Graph, context: Context, sites: Sequence[Site], loss: Loss, kept: Callable[[Site], int] = lambda _: 0
+        self,
+        graph: Graph,
+        context: Context,
+        sites: Sequence[Site],
+        loss: Loss,
+        kept: Callable[[int], int] = lambda _: 0,
+        scale: float = 1.0,
     ):
         self.graph, self.context, self.ends = graph, context, loss.ends.nodes
-        self._loss = loss
+        self._loss, self._scale = loss, scale
         self._placeholders = [node for node in graph.module.graph.nodes if node.op == "placeholder"]
         self.samples: list[dict[str, Any]] = list(context.samples())
         if not self.samples:
@@ -65,7 +73,8 @@ class Backward:
         largest = max(self._leaves, key=lambda leaves: sum(x.numel() for x in leaves if isinstance(x, torch.Tensor)))
         self.bound = bindings(self._placeholders, largest)
         self.order: Order = order(graph, sites, lambda node: node_bytes(node, self.bound), self.ends)
-        self._plan = plan_backward(self, kept)
+        self._rows: dict[tuple[str, int], int] = {}
+        self._plan = plan_backward(self, lambda site: kept(self._most_rows(site)))
         self.stretches: list[Stretch] = self.order.stretches(self._plan.cuts)
         self._moved = _downstream([site.node for site in sites], self.order.nodes)
 
@@ -89,6 +98,14 @@ class Backward:
                 given.close()
             given = passed
             yield [site for wave in self.stretches[index].waves for site in wave.sites]
+
+    def rows(self, site: Site, sample: int) -> int:
+        """Rows of the site's output, once its segment has been run."""
+        return self._rows[site.name, sample]
+
+    def _most_rows(self, site: Site) -> int:
+        sizes = [size_of(size, self.bound) for size in site.node.meta["val"].shape[:-1]]
+        return len(self.samples) * math.prod(sizes)
 
     def _folder(self) -> Path | None:
         return self.context.scratch if self._plan.spill else None
@@ -133,16 +150,17 @@ class Backward:
                 if node in sites:
                     self._hook(sites[node], sample, value, tap, hooks)
 
-            values = run.run(start | leaves, seen)
+            read = {node: _tree_map(_shown, leaf) for node, leaf in leaves.items()}
+            values = read | run.run(start | read, seen)
             gradients = self._loss_gradients(sample, start | values) if last else given[sample]  # type: ignore[index]
             self._propagate(values, gradients)
             for hook in hooks:
                 hook.remove()
             if passed is not None:
-                later = {node: gradients.get(node) for node in leaves if node not in made}
-                passed.append({node: _total(leaf, later.get(node)) for node, leaf in leaves.items()})
+                passed.append({node: _tree_map(lambda x: x.grad, leaf) for node, leaf in leaves.items()})
 
     def _hook(self, site: Site, sample: int, value: torch.Tensor, tap: Tap, hooks: list[Any]) -> None:
+        self._rows[site.name, sample] = value.numel() // value.shape[-1]
         if not value.requires_grad:
             value.requires_grad_()  # nothing before it is asked for
 
@@ -159,9 +177,9 @@ class Backward:
     def _loss_gradients(self, sample: int, values: Mapping[Node, Any]) -> dict[Node, torch.Tensor | None]:
         leaves = {node: _leaf(values[node]) for node in self.ends}
         with torch.enable_grad():
-            loss = self._loss(self.samples[sample], list(leaves.values()))
+            loss = self._loss(self.samples[sample], list(leaves.values())) * self._scale
         if not bool(torch.isfinite(loss)):
-            raise InputError(f"the loss of calibration sample {sample} is {float(loss)}; check the checkpoint and the text")
+            raise InputError(f"the loss of calibration sample {sample} is {loss.item()}; check the checkpoint and the text")
         loss.backward()
         return {node: leaf.grad for node, leaf in leaves.items()}
 
@@ -205,10 +223,7 @@ def _leaf(value: torch.Tensor) -> torch.Tensor:
     return value.detach().requires_grad_()
 
 
-def _total(leaf: Any, later: Any) -> Any:
-    """A value's gradient through the segment, and through what later segments read of it."""
-    if isinstance(leaf, tuple):
-        return tuple(_total(own, beyond) for own, beyond in zip(leaf, later or [None] * len(leaf), strict=True))
-    if leaf.grad is None or later is None:
-        return later if leaf.grad is None else leaf.grad
-    return leaf.grad + later
+def _shown(leaf: torch.Tensor) -> torch.Tensor:
+    """The leaf as later segments gave their gradient of it. It is a root of the pass, so that gradients are summed in the order
+    in which they would be without cuts, later users first: no budget changes a bit."""
+    return leaf.view_as(leaf)

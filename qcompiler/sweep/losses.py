@@ -16,9 +16,15 @@ Labels = Literal["text", "sampled"]
 
 
 class Loss(Protocol):
-    """A sum over the tokens of one sample."""
+    """A sum over the tokens of one sample.
+
+    Attributes:
+        ends: what it is made of.
+        labelled: tokens that it has summed over so far.
+    """
 
     ends: Ends
+    labelled: int
 
     def __call__(self, sample: dict[str, Any], values: Sequence[torch.Tensor]) -> torch.Tensor:
         """The loss of a sample from the values of `ends.nodes`; called once a sample, in the samples' order."""

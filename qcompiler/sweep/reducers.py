@@ -88,6 +88,49 @@ class Hessian:
         return self._sum
 
 
+class GuidedHessians:
+    """H_g = E[s_g x xᵀ] for every group g of a layer's outputs: float32 `[k, k]` each (GuidedQuant, arXiv 2505.07004).
+
+    Args:
+        k: channels.
+        groups: of the layer's outputs; each has a matrix.
+        guide: s, float32 `[tokens of all samples, groups]`, not negative, of mean 1; `update` walks through its rows in order.
+        dtype: float64 for tests and small layers.
+
+    Raises:
+        ValueError: the guide is of another number of groups or tokens.
+    """
+
+    def __init__(self, k: int, groups: int, guide: torch.Tensor, dtype: torch.dtype = torch.float32):
+        if guide.dim() != 2 or guide.shape[1] != groups:
+            raise ValueError(f"a guide of {groups} groups is [tokens, {groups}], found {list(guide.shape)}")
+        self._guide = guide
+        self._sums = [torch.zeros(k, k, dtype=dtype) for _ in range(groups)]
+        self._done = False
+        self.tokens = 0
+
+    def update(self, x: torch.Tensor) -> None:
+        """Take the next tokens `[tokens, k]`, in the order of the samples that the guide was made of."""
+        weights = self._guide[self.tokens : self.tokens + x.shape[0]]
+        if len(weights) != x.shape[0]:
+            raise ValueError(f"a guide of {len(self._guide)} tokens, found more: it was made of other samples")
+        x = x.to(self._sums[0].dtype)
+        for index, total in enumerate(self._sums):
+            # The root on both sides: the sum stays symmetric and positive semidefinite to the last bit.
+            y = x * weights[:, index, None].to(x.dtype).sqrt()
+            total.addmm_(y.T, y)
+        self.tokens += x.shape[0]
+
+    def result(self) -> list[torch.Tensor]:
+        """The means, in the sums' own memory: no update may follow."""
+        if self.tokens != len(self._guide):
+            raise ValueError(f"a guide of {len(self._guide)} tokens, found {self.tokens}: it was made of other samples")
+        for total in self._sums:
+            total.div_(max(self.tokens, 1) if not self._done else 1)
+        self._done = True
+        return self._sums
+
+
 class ExpertHessians:
     """H of every expert over the rows that are its own: `[experts]` of `Hessian`.
 
