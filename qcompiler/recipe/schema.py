@@ -7,6 +7,7 @@ there and are not written down.
 
 from __future__ import annotations
 
+import math
 import re
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
@@ -103,7 +104,7 @@ class VqScheme:
                 f"a table of {len(self.table)} levels needs a format of one dimension with as many centroids in one codebook, "
                 f"e.g. vq1d16-ballxall-g64; found {format.label}"
             )
-        if list(self.table) != sorted(set(self.table)):
+        if not all(map(math.isfinite, self.table)) or list(self.table) != sorted(set(self.table)):
             raise ValueError("the table's levels must be finite, ascending, each once")
 
     @property
