@@ -96,11 +96,16 @@ def rows(b: Body, tiles: ir.Value, columns: ir.Value) -> ir.Value:
     return b.op("Slice", flat, b.ints(0), b.attribute("n"), b.ints(0))
 
 
+NO_TILE = 2**40  # Gather refuses it
+
+
 def wanted_tiles(b: Body, indices: ir.Value) -> tuple[ir.Value, ir.Value]:
     """The rows that an embedding is asked for, none negative, and the tile of each: int64 `[count]`."""
-    flat = b.op("Reshape", indices, b.ints(-1))
-    row = b.op("Where", b.op("Less", flat, b.ints(0)), b.op("Add", flat, b.attribute("n")), flat)
-    return row, b.op("Div", row, b.ints(TILE))
+    flat, n = b.op("Reshape", indices, b.ints(-1)), b.attribute("n")
+    row = b.op("Where", b.op("Less", flat, b.ints(0)), b.op("Add", flat, n), flat)
+    # the last tile may have more rows than the matrix, and a row before the first would round to tile 0
+    inside = b.op("And", b.op("GreaterOrEqual", row, b.ints(0)), b.op("Less", row, n))
+    return row, b.op("Where", inside, b.op("Div", row, b.ints(TILE)), b.ints(NO_TILE))
 
 
 def pick_rows(b: Body, weight: ir.Value, row: ir.Value, indices: ir.Value) -> ir.Value:
