@@ -40,8 +40,9 @@ struct Dispatch {
     const CpuFeatures& cpu = cpu_features();
 #if defined(QC_HAVE_X86_KERNELS)
     const bool avx2 = cpu.avx2 && cpu.fma && cpu.f16c;
-    add(kAvx512VnniKernels,
-        avx2 && cpu.avx512f && cpu.avx512bw && cpu.avx512vl && cpu.avx512dq && cpu.avx512vnni);
+    const bool avx512vnni = avx2 && cpu.avx512f && cpu.avx512bw && cpu.avx512vl && cpu.avx512dq && cpu.avx512vnni;
+    add(kAvx512VbmiKernels, avx512vnni && cpu.avx512vbmi);
+    add(kAvx512VnniKernels, avx512vnni);
     add(kAvx2Kernels, avx2);
 #endif
     add(kGenericKernels, true);

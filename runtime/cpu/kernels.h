@@ -93,6 +93,7 @@ extern const Kernels kGenericKernels;
 #if defined(QC_HAVE_X86_KERNELS)
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512VnniKernels;
+extern const Kernels kAvx512VbmiKernels;
 #endif
 
 }  // namespace qc

@@ -1,0 +1,12 @@
+#include "isa.h"
+#include "vq_decoders.h"
+
+namespace qc {
+namespace avx512 {
+
+void vq_float(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end) {
+  all_float<Shuffled>(job, tile_begin, tile_end, block_begin, block_end);
+}
+
+}  // namespace avx512
+}  // namespace qc

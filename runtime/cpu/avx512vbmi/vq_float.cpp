@@ -1,0 +1,12 @@
+#include "decoders.h"
+#include "isa.h"
+
+namespace qc {
+namespace avx512vbmi {
+
+void vq_float(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end) {
+  all_float<Permuted>(job, tile_begin, tile_end, block_begin, block_end);
+}
+
+}  // namespace avx512vbmi
+}  // namespace qc
