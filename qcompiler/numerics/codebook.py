@@ -14,6 +14,7 @@ import torch
 
 ELEMENTS = 2**18  # errors that are held at once: what a processor's second cache holds
 ELSEWHERE = 2**27
+SAMPLE = 16
 
 
 def triangle(dim: int) -> list[tuple[int, int]]:
@@ -145,7 +146,13 @@ def seed_mahalanobis(points: torch.Tensor, entries: int) -> torch.Tensor:
 
 
 def seed_plus_plus(points: torch.Tensor, features: torch.Tensor, entries: int, generator: torch.Generator) -> torch.Tensor:
-    """k-means++: each next entry a point, drawn in proportion to its error with the entries so far. `[G, K, d]`."""
+    """k-means++: each next entry a point, drawn in proportion to its error with the entries so far. `[G, K, d]`.
+
+    Of many points a sample of `SAMPLE` · K serves as well.
+    """
+    if points.shape[2] > SAMPLE * entries:
+        some = torch.randperm(points.shape[2], generator=generator)[: SAMPLE * entries].to(points.device)
+        points, features = points[..., some], features[..., some].contiguous()
     groups, dim, _ = points.shape
     draws = torch.rand(groups, entries, generator=generator, dtype=torch.float64).to(points)
     made = points.new_empty(groups, entries, dim)
@@ -161,7 +168,13 @@ def seed_plus_plus(points: torch.Tensor, features: torch.Tensor, entries: int, g
 
 
 def em(
-    points: torch.Tensor, features: torch.Tensor, start: torch.Tensor, iterations: int, tolerance: float, nearest: Nearest
+    points: torch.Tensor,
+    features: torch.Tensor,
+    start: torch.Tensor,
+    iterations: int,
+    tolerance: float,
+    nearest: Nearest,
+    reseeded: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
     """Alternate: each point to its nearest entry, each entry to the best of its points.
 
@@ -171,7 +184,8 @@ def em(
         points, features: `[G, d, N]`, `[G, features, N]`.
         start: `[G, K, d]`.
         iterations: at most; at least one.
-        tolerance: it ends when an iteration takes less than this share off the error.
+        tolerance: it ends when an iteration takes less than this share off the error; never if negative.
+        reseeded: otherwise entries without points become 0, and the error may increase.
 
     Returns:
         Entries `[G, K, d]`, the assignment to the entries of the last iteration's start `[G, N]`, and the error after each
@@ -186,7 +200,9 @@ def em(
         entries = update(sums(features, assignment, count), entries)
         empty = not bool(filled.all())
         if empty:
-            entries = reseed(entries, filled, points, errors)
+            entries = reseed(entries, filled, points, errors) if reseeded else entries * filled[..., None]
+        if tolerance < 0:
+            continue
         if len(history) > 1 and not empty and history[-2] - history[-1] <= tolerance * history[-2]:
             break
     return entries, assignment, history

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from qcompiler.numerics import gptaq
+from qcompiler.numerics import gptaq, gptvq_official
 from qcompiler.numerics import hessian as moments
 from qcompiler.numerics.damping import LARGEST, NotFactored, factorise
 from qcompiler.numerics.vq import VqWeight
@@ -51,7 +51,7 @@ class GptvqOptions:
     floor: float = 1e-6
     iterations: int = 100
     tolerance: float = 1e-3
-    seeding: Literal["mahalanobis", "k-means++", "neighbour"] = "mahalanobis"
+    seeding: Literal["mahalanobis", "k-means++", "neighbour"] = "k-means++"
     rounds: int = 2
     passes: int = 1
     steps: int = 8
@@ -133,6 +133,8 @@ def gptvq(
     n, k = weight.shape
     shape = format if isinstance(format, VqShape) else VqShape.of(format)
     _check(weight, hessian, shape, cross, row_hessians, table)
+    if options.mode == "official" and (cross is not None or table is not None):
+        raise ValueError("mode 'official' knows neither cross statistics nor fixed tables: use mode 'exact'")
     codec = Codec.of(shape, weight, table)
     parts = [hessian] if row_hessians is None else list(row_hessians)
     solver = _Solver(shape, codec, options, seed)
@@ -152,7 +154,7 @@ def gptvq(
     after = losses(solved)
     before = None
     fallback = reasons[0] if reasons else None
-    if options.compare:
+    if options.compare and options.mode == "exact":
         rounded = vq_nearest(weight, format, table, seed=seed)
         before = losses(rounded)
         if not after <= before:
@@ -249,12 +251,18 @@ class _Solver:
         options, k = self.options, weight.shape[1]
         padding = self.shape.vectors(k) * self.shape.dim - k
         diagonal = hessian.diagonal()
-        layout = plan(diagonal, self.shape, options.ordering, self.fixed)
+        official = options.mode == "official"
+        layout = plan(diagonal, self.shape, "none" if official else options.ordering, self.fixed)
+        dead = torch.nn.functional.pad(diagonal == 0, (0, padding))
         if padding:
             mean = diagonal.mean().expand(padding)
             hessian = torch.block_diag(hessian, torch.diag(torch.where(mean > 0, mean, 1.0)))
         permutation = layout.permutation
-        factor = factorise(hessian, options.damping, options.floor, permutation, options.dtype)
+        damped_of = hessian
+        if official and dead.any():
+            damped_of = hessian.clone()
+            damped_of[dead, dead] = 1
+        factor = factorise(damped_of, options.damping, options.floor, permutation, options.dtype)
         if isinstance(factor, NotFactored):
             return _Part(self.nearest(weight), factor.damping, factor.attempts, factor.reason)
         target = None
@@ -263,9 +271,14 @@ class _Solver:
             cross = cross.index_select(0, permutation).index_select(1, permutation)
             target = lambda columns: gptaq.target(columns, cross, factor.upper)  # noqa: E731
         damped = _Damped(hessian, factor.added.to(options.dtype), permutation)
+        undamped = _Damped(hessian, torch.zeros_like(damped.added), permutation)
         pieces = []
         for rows in self._pieces(weight):
             solver = self._rows(rows, layout, target)
+            if official:
+                solved = gptvq_official.sweep(solver, factor.upper, dead[permutation], undamped.product)
+                pieces.append(self._natural(solved, layout, len(rows)))
+                continue
             solved = solver.sweep(factor.upper)
             for _ in range(options.passes):
                 solver.improve(solved, damped.product, damped.metric)

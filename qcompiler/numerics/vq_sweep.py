@@ -244,7 +244,7 @@ class Rows:
 
     def _begin(self, span: Span, live: torch.Tensor, form: Form, neighbour: Coded | None) -> Coded:
         """Scales and a codebook for a block that the sweep has reached."""
-        dim, groups = self.shape.dim, self.groups
+        groups = self.groups
         scales = self._scales(span, live, form)
         vectors = len(span.group)
         indices = torch.zeros(vectors, live.shape[1], dtype=torch.int32, device=live.device)
@@ -253,13 +253,7 @@ class Rows:
             codes = codes.to(live.dtype).expand(groups, -1, -1).contiguous()
             steps = step.to(live.dtype).expand(groups).contiguous()
             return Coded(Block(codes * steps[:, None, None], indices, scales, span.group, span.real), codes, steps)
-        spread = scales[torch.tensor(span.group, device=live.device)]  # [v, n]
-        source = spread[:, self.source]
-        points = live[:, self.source].view(vectors, dim, -1) * torch.where(source == 0, 0.0, 1 / source)[:, None]
-        points = points.view(vectors, dim, groups, self.rows).permute(2, 1, 0, 3).reshape(groups, dim, -1)
-        weights = spread.square().view(vectors, groups, self.rows).transpose(0, 1).reshape(groups, -1)
-        metric = form.choice.permute(1, 2, 0)[..., None].expand(-1, -1, -1, self.rows).reshape(dim, dim, -1)
-        features = codebook.features(points, metric, weights)
+        points, features = self.features(span, live, form.choice, scales)
         if self.tuning.seeding == "k-means++":
             start = codebook.seed_plus_plus(points, features, self.shape.centroids, self.generator)
         elif neighbour is not None and self.tuning.seeding == "neighbour":
@@ -270,15 +264,40 @@ class Rows:
         codes, steps = self.codec.codebooks(entries)
         return Coded(Block(codes * steps[:, None, None], indices, scales, span.group, span.real), codes, steps)
 
+    def features(
+        self, span: Span, live: torch.Tensor, metric: torch.Tensor, scales: torch.Tensor, scaled: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What EM needs of a block: points x / S `[G, d, N]` and their features under `metric` `[v, d, d]`.
+
+        A point weighs S², as the error S · (x / S − c) does, or 1 where `scaled` is false.
+        """
+        dim, groups, vectors = self.shape.dim, self.groups, len(span.group)
+        spread = scales[torch.tensor(span.group, device=live.device)]  # [v, n]
+        source = spread[:, self.source]
+        points = live[:, self.source].view(vectors, dim, -1) * torch.where(source == 0, 0.0, 1 / source)[:, None]
+        points = points.view(vectors, dim, groups, self.rows).permute(2, 1, 0, 3).reshape(groups, dim, -1)
+        weights = spread.square() if scaled else self.real.expand(vectors, -1)
+        weights = weights.reshape(vectors, groups, self.rows).transpose(0, 1).reshape(groups, -1)
+        shared = metric.permute(1, 2, 0)[..., None].expand(-1, -1, -1, self.rows).reshape(dim, dim, -1)
+        return points, codebook.features(points, shared, weights)
+
     # ---- scales
 
-    def _scales(self, span: Span, live: torch.Tensor, form: Form) -> torch.Tensor:
+    def largest(self, span: Span, live: torch.Tensor) -> torch.Tensor:
+        """The largest of each group of a block's columns instead, `[groups, n]`."""
+        if self.shape.scales == "none" or self.whole is not None:
+            return self._scales(span, live, None)
+        own = torch.tensor(span.group, device=live.device).repeat_interleave(self.shape.dim)
+        found = torch.stack([live[own == group].abs().amax(0) for group in range(len(span.groups))]) * self.real
+        return log_scales(found) if self.shape.scales == "log4" else self.codec.scales(found)
+
+    def _scales(self, span: Span, live: torch.Tensor, form: Form | None) -> torch.Tensor:
         """Of each group of a block's columns, `[groups, n]`."""
         if self.shape.scales == "none":
             return self.real.expand(1, -1).contiguous()
         if self.whole is not None:
             return self.whole
-        if self.codec.table is not None:
+        if form is not None and self.codec.table is not None:
             members = torch.tensor(span.group, device=live.device)
             vectors = live.view(len(members), self.shape.dim, -1)
             groups = range(len(span.groups))
