@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qcompiler.ops import layout
-from qcompiler.ops.formats import TILE, VqFormat
+from qcompiler.ops import vq_layout
+from qcompiler.ops.formats import VqFormat
 from qcompiler.runtime import library
 
 
@@ -75,12 +75,12 @@ def vq_shapes(
     format = VqFormat(dim, centroids, block_rows, block_columns, group)
     if n < 1 or k < 1:
         raise ValueError(f"n and k are {n!r} and {k!r}, expected at least 1")
-    blocks, tiles = format.blocks(n, k), -(-n // TILE)
-    if centroids == 32:
-        codes = (tiles, -(-k // 64), 320)
-    else:
-        codes = layout.codes_shape(n, k, format.index_bits // dim)
-    return VqShapes(codes, (*blocks, dim, centroids), blocks, (tiles, format.groups(k), TILE))
+    return VqShapes(
+        vq_layout.codes_shape(n, k, format),
+        vq_layout.codebooks_shape(n, k, format),
+        format.blocks(n, k),
+        vq_layout.scales_shape(n, k, format),
+    )
 
 
 def _checked_vq(

@@ -40,6 +40,7 @@ class VqWeight:
     """Indices, entries and factors as numbers, and the same packed (flat arrays)."""
 
     form: VqForm
+    index: np.ndarray  # [n, vectors] int64
     entries: np.ndarray  # [n, k] int64
     factors: np.ndarray  # [n, k] float32: S * c
     codes: np.ndarray
@@ -95,14 +96,15 @@ def make_weight(rng: np.random.Generator, form: VqForm, n: int, k: int, extreme:
     s = (rng.uniform(0.001, 0.1, (n, form.groups(k))) * rng.choice([-1, 1], (n, form.groups(k)))).astype(np.float16)
 
     row, column = np.arange(n)[:, None], np.arange(k)[None, :]
-    r, b = (row // form.block_rows if form.block_rows else row * 0), (column // form.block_columns if form.block_columns else column * 0)
+    r = row // form.block_rows if form.block_rows else row * 0
+    b = column // form.block_columns if form.block_columns else column * 0
     vector = column // span * 4 + column % 4
     entries = books[r, b, column % span // 4, index[row, vector]].astype(np.int64)
     factors = s[row, column // form.group if form.group else column * 0].astype(np.float32) * c[r, b].astype(np.float32)
     padded = np.zeros((_up(n, 16), s.shape[1]), np.float16)
     padded[:n] = s
     return VqWeight(
-        form, entries, factors,
+        form, index, entries, factors,
         codes=pack_indices(index, form.dim, form.centroids),
         codebooks=books.reshape(-1),
         codebook_scales=c.reshape(-1),
