@@ -17,6 +17,7 @@ _WHERE = {
     "calibrate_ranges": "observe.calibrate_ranges:CalibrateRanges",
     "clip_search": "solve.clip_search:ClipSearch",
     "distill_blocks": "solve.distill_blocks:DistillBlocks",
+    "distill_end_to_end": "solve.distill_end_to_end:DistillEndToEnd",
     "gptq": "solve.gptq:Gptq",
     "guide": "observe.guide:Guide",
     "gptvq": "solve.gptvq:Gptvq",

@@ -29,6 +29,7 @@ class Executor:
         products: instead of a site's own op, what to call with its arguments.
         cache_bytes: widened or scaled weights are kept from sample to sample up to this many bytes.
         gradients: keep what a backward pass needs.
+        constants: by name, instead of the graph's own.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Executor:
         products: Mapping[Node, Product],
         cache_bytes: int = 0,
         gradients: bool = False,
+        constants: Mapping[str, torch.Tensor] | None = None,
     ):
         needed = ancestors(wanted)
         self._graph = graph
@@ -56,6 +58,7 @@ class Executor:
         self._constants: dict[Node, torch.Tensor] = {}
         self._room = cache_bytes
         self._gradients = gradients
+        self._given = constants or {}
 
     def run(self, values: Mapping[Node, Any], seen: Callable[[Node, Any], None] | None = None) -> dict[Node, Any]:
         """Run on one sample.
@@ -96,6 +99,8 @@ class Executor:
         if held is not None:
             return held
         name = str(node.target)
+        if name in self._given:
+            return self._given[name]
         if name not in self._graph.scalings and all(user.target is EXPERTS_LINEAR for user in node.users):
             return self._graph.stored(name)  # widened matrix by matrix
         value = self._graph.constant(name)

@@ -25,9 +25,11 @@ GATHERED, GIVEN = 4, 8
 
 
 def row_groups(n: int, groups: int) -> list[slice]:
-    """`groups` consecutive parts of n outputs, equal where n can be divided; fewer where there are fewer outputs."""
+    """`groups` consecutive parts of n outputs, the first ones longer by one where n cannot be divided (as `tensor_split`);
+    fewer where there are fewer outputs."""
     groups = min(groups, n)
-    edges = [index * n // groups for index in range(groups + 1)]
+    size, more = divmod(n, groups)
+    edges = [index * size + min(index, more) for index in range(groups + 1)]
     return [slice(start, end) for start, end in zip(edges, edges[1:], strict=False)]
 
 
