@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,29 +23,18 @@ from qcompiler.evaluate.metrics import token_divergence, token_nll
 from qcompiler.evaluate.targets import Target, open_target
 from qcompiler.evaluate.windows import Window
 from qcompiler.report.progress import make_reporter
+from tools.bench import accuracy_vq
+from tools.bench.accuracy_variants import (
+    Claim,
+    Variant,
+    claims,
+    distillation_variants,
+    sensitivity_variants,
+    static_variants,
+    weight_variants,
+)
 
 SAMPLES, LENGTH = 128, 256
-LOOKUPS = {"round_to_nearest": {"kind": "embedding"}}
-INT8_HEAD = {"bits": 8, "activations": "int8-token"}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A recipe to compile, and whether calibration text decides anything in it."""
-
-    name: str
-    recipe: dict[str, Any]
-    calibrated: bool = True
-
-
-@dataclass(frozen=True)
-class Claim:
-    """`better` is to beat `base`: its KL divergence is to be at most `most` times the base's."""
-
-    section: str
-    base: str
-    better: str
-    most: float = 1.0
 
 
 @dataclass
@@ -53,6 +42,7 @@ class Measured:
     """A variant's figures over the windows: nats a token, one row a seed."""
 
     klds: list[np.ndarray] = field(default_factory=list)
+    losses: list[np.ndarray] = field(default_factory=list)  # cross entropy, less the float model's
     ratios: list[float] = field(default_factory=list)
     same_top: list[float] = field(default_factory=list)
     bits: float = 0.0
@@ -62,78 +52,7 @@ class Measured:
         return float(np.mean([row.mean() for row in self.klds]))
 
 
-def weight_variants(bits: int, group: int) -> Iterator[Variant]:
-    """Rounding, AWQ, GPTQ and GPTAQ at one width."""
-    linear = {"bits": bits, "group": group, "activations": "int8-block128"}
-    label = f"int{bits}-g{group}"
-
-    def variant(method: str, passes: list[Any], calibrated: bool = True) -> Variant:
-        name = f"{label}-{method}"
-        return Variant(name, {"name": name, "linear": linear, "passes": passes}, calibrated)
-
-    yield variant("rtn", [{"round_to_nearest": {"clipping": "mse"}}], False)
-    yield variant("awq", [LOOKUPS, "awq", "clip_search", "round_to_nearest"])
-    yield variant("gptq", [LOOKUPS, "gptq", "round_to_nearest"])
-    yield variant("gptaq", [LOOKUPS, {"gptq": {"asymmetric": True}}, "round_to_nearest"])
-
-
-def static_variants() -> Iterator[Variant]:
-    """W8A8 with static activations: plain, with corrected biases, smoothed."""
-    linear = {"bits": 8, "activations": "int8-static"}
-    observe = ["place_observers", "calibrate_ranges"]
-
-    def variant(name: str, passes: list[Any]) -> Variant:
-        return Variant(name, {"name": name, "linear": linear, "head": INT8_HEAD, "passes": passes})
-
-    yield variant("static", ["round_to_nearest", *observe])
-    yield variant("static-bias", ["round_to_nearest", *observe, "bias_correction"])
-    yield variant("static-smooth", ["smooth_quant", "round_to_nearest", *observe])
-    yield variant("static-smooth-bias", ["smooth_quant", "round_to_nearest", *observe, "bias_correction"])
-
-
-def distillation_variants() -> Iterator[Variant]:
-    """W4A8 with one activation scale a token: rounded, and distilled block by block."""
-    linear = {"bits": 4, "group": 128, "activations": "int8-token"}
-    yield Variant("w4a8-rtn", {"name": "w4a8-rtn", "linear": linear, "passes": ["round_to_nearest"]}, False)
-    passes = ["round_to_nearest", "distill_blocks"]
-    yield Variant("w4a8-distilled", {"name": "w4a8-distilled", "linear": linear, "passes": passes})
-
-
-def sensitivity_variants(model: str, keep: int = 5, draws: int = 5) -> Iterator[Variant]:
-    """int4 with the most sensitive layers at 8 bits, and with as many random ones."""
-    from qcompiler.sensitivity import sensitivity
-
-    found = sensitivity(model, bits=(4,), base="int4", keep=keep)
-    names = [layer["name"] for layer in found["layers"]]
-    chosen = found["ranking"]["4"][:keep] if "4" in found["ranking"] else found["ranking"][4][:keep]
-    linear = {"bits": 4, "group": 32, "activations": "int8-block128"}
-
-    def variant(name: str, kept: list[str]) -> Variant:
-        high = {"bits": 8, "activations": "int8-token"}
-        overrides = [{"select": {"name": layer}, "scheme": high} for layer in kept]
-        return Variant(name, {"name": name, "linear": linear, "overrides": overrides}, False)
-
-    yield variant("keep-sensitive", list(chosen))
-    for draw in range(draws):
-        picked = np.random.default_rng(draw).permutation([n for n in names if n not in chosen])[:keep].tolist()
-        yield variant(f"keep-random-{draw}", picked)
-
-
-def claims() -> list[Claim]:
-    """What is to hold."""
-    found = []
-    for bits in (4, 3):
-        for group in (32, 128):
-            label = f"int{bits}-g{group}"
-            found.append(Claim("weights", f"{label}-rtn", f"{label}-gptq", 0.8))
-            found.append(Claim("weights", f"{label}-rtn", f"{label}-awq"))
-            found.append(Claim("weights", f"{label}-gptq", f"{label}-gptaq"))
-    found += [Claim("static", "static", "static-bias"), Claim("static", "static", "static-smooth")]
-    found.append(Claim("distillation", "w4a8-rtn", "w4a8-distilled"))
-    return found + [Claim("sensitivity", f"keep-random-{draw}", "keep-sensitive") for draw in range(5)]
-
-
-SECTIONS = ("weights", "static", "distillation", "sensitivity")
+SECTIONS = ("weights", "static", "distillation", "sensitivity", "vq", "ablations")
 
 
 def variants(section: str, model: str) -> list[Variant]:
@@ -142,7 +61,20 @@ def variants(section: str, model: str) -> list[Variant]:
         return [variant for bits in (4, 3) for group in (32, 128) for variant in weight_variants(bits, group)]
     if section == "static":
         return list(static_variants())
+    if section == "vq":
+        return list(accuracy_vq.vq_variants())
+    if section == "ablations":
+        return [variant for format in ("vq2", "vq3") for variant in accuracy_vq.ablation_variants(format)]
     return list(distillation_variants() if section == "distillation" else sensitivity_variants(model))
+
+
+def calibration_files(name: str) -> list[str] | None:
+    """The files of a calibration text: None for the default, `stdlib` for sources of the Python that runs this."""
+    if name == "topics":
+        return None
+    if name == "stdlib":
+        return [str(path) for path in sorted(Path(os.__file__).parent.glob("*.py"))]
+    return name.split(",")
 
 
 def measure(model: str, chosen: list[Variant], seeds: list[int], options: argparse.Namespace) -> dict[str, Measured]:
@@ -164,7 +96,8 @@ def measure(model: str, chosen: list[Variant], seeds: list[int], options: argpar
                 reporter.stage(f"{variant.name}, seed {seed}")
                 output = Path(folder) / "artifact"
                 compiled = qcompiler.compile(
-                    model, output=output, recipe=variant.recipe, samples=options.samples, length=LENGTH, seed=seed, overwrite=True
+                    model, output=output, recipe=variant.recipe, samples=options.samples, length=LENGTH, seed=seed,
+                    text=calibration_files(options.calibration), overwrite=True,
                 )
                 _score(results[variant.name], open_target(output, options.threads), plan.windows, expected)
                 results[variant.name].bits = compiled.layers["totals"]["bits_per_weight"]
@@ -187,6 +120,7 @@ def _score(found: Measured, target: Target, windows: list[Window], expected: lis
         same.append(np.mean(top))
         losses.append(np.mean(token_nll(ours, window.labels) - token_nll(theirs, window.labels)))
     found.klds.append(np.array(klds))
+    found.losses.append(np.array(losses))
     found.same_top.append(float(np.mean(same)))
     found.ratios.append(float(np.exp(np.mean(losses))))
 
@@ -198,7 +132,9 @@ def judge(claim: Claim, results: dict[str, Measured]) -> dict[str, Any]:
     pick = lambda rows, i: rows[i] if len(rows) > 1 else rows[0]  # noqa: E731
     gains = np.mean([claim.most * pick(base.klds, i) - pick(better.klds, i) for i in range(seeds)], axis=0)
     mean, error = float(gains.mean()), float(gains.std(ddof=1) / np.sqrt(len(gains)))
-    return {
+    losses = np.mean([pick(base.losses, i) - pick(better.losses, i) for i in range(seeds)], axis=0)
+    nats = {"nats": float(losses.mean()), "nats_error": float(losses.std(ddof=1) / np.sqrt(len(losses)))}
+    return {**nats,
         "base": claim.base, "better": claim.better, "asked": claim.most, "reached": better.kld / base.kld,
         "gain": mean, "standard_error": error, "holds": mean > 2 * error,
     }  # fmt: skip
@@ -211,11 +147,12 @@ def table(results: dict[str, Measured], judged: list[dict[str, Any]]) -> str:
         spread = f" ± {np.std([row.mean() for row in found.klds], ddof=1):.5f}" if len(found.klds) > 1 else ""
         ratio, same_top = np.mean(found.ratios), np.mean(found.same_top)
         lines.append(f"| {name} | {found.bits:.3f} | {ratio:.4f} | {found.kld:.5f}{spread} | {same_top:.4f} |")
-    lines += ["", "| better | base | KL ratio | asked | paired gain | holds |", "|---|---|---|---|---|---|"]
+    lines += ["", "| better | base | KL ratio | asked | paired gain | holds | gain in cross entropy |", "|---|---" + "|---" * 5 + "|"]
     for row in judged:
         gain = f"{row['gain']:+.5f} ± {row['standard_error']:.5f}"
         word = "yes" if row["holds"] else "no"
-        lines.append(f"| {row['better']} | {row['base']} | {row['reached']:.3f} | < {row['asked']:g} | {gain} | {word} |")
+        lines.append(f"| {row['better']} | {row['base']} | {row['reached']:.3f} | < {row['asked']:g} | {gain} | {word} | "
+                     f"{row['nats']:+.5f} ± {row['nats_error']:.5f} |")
     return "\n".join(lines)
 
 
@@ -226,6 +163,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="draws of calibration windows (default: 3)")
     samples = f"calibration windows of {LENGTH} tokens (default: {SAMPLES})"
     parser.add_argument("--samples", type=int, default=SAMPLES, help=samples)
+    parser.add_argument("--calibration", default="topics", metavar="TEXT", help="topics: first two thirds of pydoc_data.topics, "
+                        "whose last third is evaluated; stdlib: sources of Python's own library; or files (default: topics)")
     parser.add_argument("--windows", type=int, help="evaluation windows (default: the whole text)")
     parser.add_argument("--only", metavar="WORD", help="variants whose name holds this word")
     parser.add_argument("--without", metavar="WORD", help="no variants whose name holds this word")
@@ -240,11 +179,14 @@ def main() -> int:
     chosen = [v for s in sections for v in variants(s, options.model) if not options.only or options.only in v.name]
     chosen = [variant for variant in chosen if not options.without or options.without not in variant.name]
     results = measure(options.model, chosen, list(range(options.seeds)), options)
-    judged = [judge(c, results) for c in claims() if c.base in results and c.better in results]
+    judged = [judge(c, results) for c in [*claims(), *accuracy_vq.vq_claims()] if c.base in results and c.better in results]
     print(table(results, judged))
     if options.json:
         figures = {
-            name: {"bits": m.bits, "kld": m.kld, "klds": [r.tolist() for r in m.klds], "ratios": m.ratios, "same_top": m.same_top}
+            name: {
+                "bits": m.bits, "kld": m.kld, "ratios": m.ratios, "same_top": m.same_top,
+                "klds": [r.tolist() for r in m.klds], "losses": [r.tolist() for r in m.losses],
+            }
             for name, m in results.items()
         }
         options.json.write_text(json.dumps({"schema": 1, "variants": figures, "claims": judged}, indent=1) + "\n")
