@@ -65,6 +65,15 @@ struct CodeStream {
   bool half = false;
 };
 
+// One row meets each weight once, and looking it up takes long enough for a core to run out of loads in flight: asked for a page
+// ahead, codes arrive as fast as memory delivers them.
+template <int Bits>
+QC_INLINE void prefetch_ahead(const uint8_t* p, bool half) {
+  constexpr int64_t kAhead = 4096;
+  const int64_t first = Bits == 5 && half ? 192 : 0, end = Bits == 5 ? half ? 320 : 192 : chunk_bytes(Bits == 5 ? 4 : Bits);
+  for (int64_t i = first; i < end; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + kAhead + i), _MM_HINT_T0);
+}
+
 // The codebooks that the columns of one tile have, from left to right.
 struct TileBooks {
   const Codebooks& books;
@@ -108,6 +117,7 @@ void tile_int8(const LinearJob& job, int64_t tile, int64_t block) {
         for (int c = 1; c < kChains; ++c) dot[m][c] = _mm512_setzero_si512();
       }
       codes.next(per_segment, [&](const uint8_t* p, bool half) QC_LAMBDA_INLINE {
+        if (R == 1) prefetch_ahead<Decoder::kBits>(p, half);
         decoder.each(p, half, [&](int j, __m512i v) QC_LAMBDA_INLINE {
           for (int m = 0; m < R; ++m) {
             __m512i& d = dot[m][j % kChains];
