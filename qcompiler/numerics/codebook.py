@@ -65,10 +65,6 @@ class Nearest:
         words = self.words(features, table)
         return (words & self.bits).long(), (words & ~self.bits).view(self.dtype)
 
-    def indices(self, features: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """As above, the numbers alone, int32 or int64."""
-        return self.words(features, table).bitwise_and_(self.bits)
-
     def words(self, features: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """The least word of each point, `[G, N]`."""
         groups, _, count = features.shape
@@ -103,25 +99,27 @@ def symmetric(triangles: torch.Tensor, dim: int) -> torch.Tensor:
     return full
 
 
-def solve_small(matrices: torch.Tensor, right: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
-    """x of A x = y for many d x d positive semidefinite A `[…, d, d]` and y `[…, d]`; near `otherwise` where A says nothing.
+def invert_small(matrices: torch.Tensor) -> torch.Tensor:
+    """Many d x d positive semidefinite matrices `[…, d, d]` inverted, with a ridge on their diagonals.
 
-    A ridge towards `otherwise` of a few units in the last place of trace A, and of 1 where A is 0.
+    The ridge is a few units in the last place of the trace, and 1 where the matrix is 0.
     """
-    dim = right.shape[-1]
+    dim = matrices.shape[-1]
     trace = matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
-    ridge = torch.where(trace > 0, trace * (8 * torch.finfo(right.dtype).eps), 1.0)
-    right = right - (matrices @ otherwise[..., None])[..., 0]
+    ridge = torch.where(trace > 0, trace * (8 * torch.finfo(matrices.dtype).eps), 1.0)
     if dim == 1:
-        return otherwise + right / (matrices[..., 0] + ridge[..., None])
+        return 1 / (matrices + ridge[..., None, None])
     if dim == 2:
         a, b, c = matrices[..., 0, 0] + ridge, matrices[..., 0, 1], matrices[..., 1, 1] + ridge
-        determinant = (a * c - b * b)[..., None]
-        y0, y1 = right.unbind(-1)
-        return otherwise + torch.stack([c * y0 - b * y1, a * y1 - b * y0], -1) / determinant
-    eye = torch.eye(dim, dtype=right.dtype, device=right.device)
-    factor = torch.linalg.cholesky_ex(matrices + ridge[..., None, None] * eye)[0]
-    return otherwise + torch.cholesky_solve(right[..., None], factor)[..., 0]
+        return torch.stack([c, -b, -b, a], -1).div_((a * c - b * b)[..., None]).view(matrices.shape)
+    eye = torch.eye(dim, dtype=matrices.dtype, device=matrices.device)
+    return torch.cholesky_inverse(torch.linalg.cholesky_ex(matrices + ridge[..., None, None] * eye)[0])
+
+
+def solve_small(matrices: torch.Tensor, right: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
+    """x of A x = y for many small A `[…, d, d]` and y `[…, d]`, near `otherwise` where A says nothing; see `invert_small`."""
+    right = right - (matrices * otherwise[..., None, :]).sum(-1)
+    return otherwise + (invert_small(matrices) * right[..., None, :]).sum(-1)
 
 
 def update(total: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
@@ -148,18 +146,19 @@ def seed_mahalanobis(points: torch.Tensor, entries: int) -> torch.Tensor:
 def seed_plus_plus(points: torch.Tensor, features: torch.Tensor, entries: int, generator: torch.Generator) -> torch.Tensor:
     """k-means++: each next entry a point, drawn in proportion to its error with the entries so far. `[G, K, d]`.
 
-    Of many points a sample of `SAMPLE` · K serves as well.
+    Of many points a sample of `SAMPLE` · K serves as well. All groups take the same sample and the same random numbers, so
+    that none depends on which others are there.
     """
     if points.shape[2] > SAMPLE * entries:
         some = torch.randperm(points.shape[2], generator=generator)[: SAMPLE * entries].to(points.device)
         points, features = points[..., some], features[..., some].contiguous()
     groups, dim, _ = points.shape
-    draws = torch.rand(groups, entries, generator=generator, dtype=torch.float64).to(points)
+    draws = torch.rand(entries, generator=generator, dtype=torch.float64).to(points.device)
     made = points.new_empty(groups, entries, dim)
     errors = features[:, dim : 2 * dim].sum(1)  # the first: by weight, diag(A) or nearly
     for entry in range(entries):
         cumulative = errors.clamp(min=0).double().cumsum(1)
-        drawn = torch.searchsorted(cumulative, draws[:, entry, None].double() * cumulative[:, -1:])
+        drawn = torch.searchsorted(cumulative, draws[entry] * cumulative[:, -1:])
         drawn = drawn.clamp(max=points.shape[2] - 1)
         made[:, entry] = points.gather(2, drawn[:, None].expand(-1, dim, -1))[..., 0]
         found = (table(made[:, entry, None]).transpose(1, 2) @ features)[:, 0]

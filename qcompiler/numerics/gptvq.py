@@ -6,14 +6,15 @@ After "GPTVQ: the blessing of dimensionality for LLM quantization" (arXiv 2402.1
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from qcompiler.numerics import gptaq, gptvq_official
 from qcompiler.numerics import hessian as moments
-from qcompiler.numerics.damping import LARGEST, NotFactored, factorise
+from qcompiler.numerics.damping import LARGEST, Factor, NotFactored, factorise
+from qcompiler.numerics.sweep import damped_losses
 from qcompiler.numerics.vq import VqWeight
 from qcompiler.numerics.vq_codec import Codec
 from qcompiler.numerics.vq_shape import VqGeneral, VqShape, VqSolution
@@ -23,6 +24,7 @@ from qcompiler.ops.formats import VqFormat
 # Rows that are solved at once: some six float32 matrices of [k, rows] should be small beside the Hessian.
 ROWS, ELEMENTS = 4096, 2**24
 ROWS_ELSEWHERE = 65536
+DAMPED = 256  # columns of a product whose squares are summed
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,15 @@ class GptvqOptions:
         floor: diagonal entries below this share of the mean are lifted to it.
         iterations: of EM for a codebook, at most.
         tolerance: EM ends when an iteration takes less than this share off the error.
-        seeding: of EM: `mahalanobis`: points at equal ranks of their distance from the mean; `k-means++`.
+        seeding: of EM: `k-means++`; `mahalanobis`: points at equal ranks of their distance from the mean; `neighbour`: the
+            codebook of the block before, if there is one, otherwise as `mahalanobis`.
         rounds: of {codebooks, scales, assignments} in a block of columns when the sweep reaches it.
         passes: over all columns after the sweep, with the same rounds in each block.
         steps: of conjugate gradients for a block's codebooks.
         ordering: in which order blocks of columns, and vectors in a block, are visited: `activation`: by their largest
             diag(H); `none`.
-        compare: also take the codebooks of the weight alone, with each vector its nearest entry, and keep that where it
-            has the lower loss.
+        compare: also find the loss of taking, with the codebooks that the sweep begins each block with, the entry nearest
+            to each vector of the weight. Should that be lower in the end, `vq_nearest` is tried too.
         dtype: of the sweep.
     """
 
@@ -54,15 +57,15 @@ class GptvqOptions:
     seeding: Literal["mahalanobis", "k-means++", "neighbour"] = "k-means++"
     rounds: int = 2
     passes: int = 1
-    steps: int = 8
+    steps: int = 4
     ordering: Literal["none", "activation"] = "activation"
     compare: bool = True
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         allowed = {
-            "mode": ("exact", "official"), "seeding": ("mahalanobis", "k-means++", "neighbour"), "ordering": ("none", "activation"),
-            "dtype": (torch.float32, torch.float64),
+            "mode": ("exact", "official"), "seeding": ("mahalanobis", "k-means++", "neighbour"),
+            "ordering": ("none", "activation"), "dtype": (torch.float32, torch.float64),
         }  # fmt: skip
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -75,7 +78,7 @@ class GptvqOptions:
             raise ValueError(f"damping is {self.damping:g} and floor {self.floor:g}, expected shares of the mean, 0 to 1")
 
 
-NEAREST = GptvqOptions(iterations=30)
+NEAREST = GptvqOptions(iterations=30, compare=False)
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,8 @@ class GptvqResult:
 
     Attributes:
         weight: as it is stored.
-        loss_before: tr(D H Dᵀ) of `vq_nearest`, the same format without H; None where it was not compared. With cross
-            statistics the part of mean ‖W̃ x − W x̃‖² that depends on W̃, which may be negative.
+        loss_before: tr(D H Dᵀ) of the entries nearest to the weight's vectors (see `GptvqOptions.compare`); None where it
+            was not compared. With cross statistics the part of mean ‖W̃ x − W x̃‖² that depends on W̃, which may be negative.
         loss_after: the same of `weight.dequantize()`.
         damping: what was used, as a share of the mean of diag(H); the largest of several Hessians.
         attempts: factorisations that it took, of all Hessians.
@@ -146,21 +149,22 @@ def gptvq(
     solved = solver.solution([piece for part in found for piece in part.pieces], n, k)
     dead = max(int((own.diagonal() == 0).sum()) for own in parts if own is not None)
     damping, attempts = max(part.damping for part in found), sum(part.attempts for part in found)
+    after = sum(part.after for part in found)
+    befores = [part.before for part in found if part.before is not None]
+    before = sum(befores) if len(befores) == len(found) else None
+    result = GptvqResult(solved, before, after, damping, attempts, dead)
     reasons = [part.reason for part in found if part.reason]
-    losses = lambda w: sum(  # noqa: E731
-        _loss(weight[i * size : (i + 1) * size], w.dequantize(slice(i * size, (i + 1) * size)), own, cross)
-        for i, own in enumerate(parts)
-    )
-    after = losses(solved)
-    before = None
-    fallback = reasons[0] if reasons else None
-    if options.compare and options.mode == "exact":
-        rounded = vq_nearest(weight, format, table, seed=seed)
-        before = losses(rounded)
-        if not after <= before:
-            fallback = fallback or f"the layer loss of the sweep, {after:.4g}, is above that of the weight's own codebooks, {before:.4g}"
-            solved, after = rounded, before
-    return GptvqResult(solved, before, after, damping, attempts, dead, fallback)
+    if reasons or before is None or after <= before:
+        return replace(result, fallback=reasons[0] if reasons else None)
+    rounded = vq_nearest(weight, format, table, seed=seed)
+    lost = 0.0
+    for part, own in enumerate(parts):
+        rows = slice(part * size, (part + 1) * size)
+        lost += _loss(weight[rows], rounded.dequantize(rows), own, cross)
+    if after <= lost:
+        return result
+    reason = f"the layer loss after the sweep, {after:.4g}, is above that of the weight's own codebooks, {lost:.4g}"
+    return replace(result, weight=rounded, loss_after=lost, fallback=reason)
 
 
 @torch.no_grad()
@@ -238,6 +242,8 @@ class _Part:
     pieces: list[_Piece]
     damping: float
     attempts: int
+    before: float | None
+    after: float
     reason: str | None = None
 
 
@@ -264,8 +270,12 @@ class _Solver:
             damped_of[dead, dead] = 1
         factor = factorise(damped_of, options.damping, options.floor, permutation, options.dtype)
         if isinstance(factor, NotFactored):
-            return _Part(self.nearest(weight), factor.damping, factor.attempts, factor.reason)
+            pieces = self.nearest(weight)
+            solved = self.solution(pieces, *weight.shape).dequantize()
+            loss = _loss(weight, solved, hessian[:k, :k], cross)
+            return _Part(pieces, factor.damping, factor.attempts, loss, loss, factor.reason)
         target = None
+        given = cross
         if cross is not None:
             cross = torch.nn.functional.pad(cross, (0, padding, 0, padding)).to(options.dtype)
             cross = cross.index_select(0, permutation).index_select(1, permutation)
@@ -273,17 +283,41 @@ class _Solver:
         damped = _Damped(hessian, factor.added.to(options.dtype), permutation)
         undamped = _Damped(hessian, torch.zeros_like(damped.added), permutation)
         pieces = []
+        before = after = torch.zeros((), dtype=torch.float64, device=weight.device)
         for rows in self._pieces(weight):
             solver = self._rows(rows, layout, target)
             if official:
                 solved = gptvq_official.sweep(solver, factor.upper, dead[permutation], undamped.product)
-                pieces.append(self._natural(solved, layout, len(rows)))
-                continue
-            solved = solver.sweep(factor.upper)
-            for _ in range(options.passes):
-                solver.improve(solved, damped.product, damped.metric)
+            else:
+                solved = solver.sweep(factor.upper)
+                for _ in range(options.passes):
+                    solver.improve(solved, damped.product, damped.metric)
+                if self.shape.codebooks == "svd":
+                    solver.compress(solved)
+                    solver.improve(solved, damped.product, damped.metric, frozen=True)
             pieces.append(self._natural(solved, layout, len(rows)))
-        return _Part(pieces, factor.damping, factor.attempts)
+            if given is None:
+                after = after + self._damped_loss(solved.difference, factor)
+                before = before if solved.rounded is None else before + self._damped_loss(solved.rounded, factor)
+            else:
+                after = after + self._cross_loss(rows, solved.difference, solver.columns, layout, hessian, given)
+                if solved.rounded is not None:
+                    before = before + self._cross_loss(rows, solved.rounded, solver.columns, layout, hessian, given)
+        compared = options.compare and not official
+        return _Part(pieces, factor.damping, factor.attempts, before.item() if compared else None, after.item())
+
+    def _damped_loss(self, difference: torch.Tensor, factor: Factor) -> torch.Tensor:
+        """tr(D H Dᵀ): that of the damped Hessian, without the part of δ."""
+        loss = damped_losses(difference, factor.upper, DAMPED).sum()
+        loss -= (factor.added.to(difference.dtype) @ difference.square()).sum(dtype=torch.float64)
+        return loss * self.codec.unit**2
+
+    def _cross_loss(self, rows, difference, columns, layout: Plan, hessian, cross) -> torch.Tensor:
+        k = rows.shape[1]
+        made = torch.empty_like(difference)
+        made[layout.permutation] = (columns - difference).mul_(self.codec.unit)
+        solved = made[:k, : len(rows)].T
+        return torch.tensor(_loss(rows, solved, hessian[:k, :k], cross), dtype=torch.float64, device=rows.device)
 
     def nearest(self, weight: torch.Tensor) -> list[_Piece]:
         layout = plan(weight.new_ones(weight.shape[1]), self.shape, "none", self.fixed)
@@ -311,6 +345,7 @@ class _Solver:
         options = self.options
         tuning = Tuning(
             options.iterations, options.tolerance, options.seeding, options.rounds, options.passes, options.steps,
+            options.compare and options.mode == "exact",
         )  # fmt: skip
         return Rows(columns, n, rows, layout, self.codec, tuning, generator)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qcompiler.numerics.codebook import Nearest, solve_small, symmetric, triangle
+from qcompiler.numerics.codebook import Nearest, invert_small, solve_small, symmetric, triangle
 
 PIECE = 32  # columns whose changes are carried to the columns after them together
 ELEMENTS = 2**18  # errors of one vector of all rows that are visited together, on a processor
@@ -119,7 +119,7 @@ def remove_blocks(matrix: torch.Tensor, dim: int) -> torch.Tensor:
 
 def visit(
     base: torch.Tensor,
-    coupling: torch.Tensor,
+    coupling: torch.Tensor | None,
     choice: torch.Tensor,
     block: Block,
     nearest: Nearest,
@@ -135,7 +135,7 @@ def visit(
 
     Args:
         base: `[w, n]`, overwritten.
-        coupling: `[w, w]`.
+        coupling: `[w, w]`; None where vectors are chosen one by one.
         choice: `[v, d, d]`.
 
     Returns:
@@ -154,6 +154,7 @@ def visit(
             block.group, block.real,
         )  # fmt: skip
         own = None if before is None else before[:, columns]
+        own = None if own is None else own.contiguous()
         made[:, columns] = _visit(base[:, columns].contiguous(), coupling, choice, part, nearest, own)
         block.indices[:, columns] = part.indices
     return made
@@ -162,41 +163,58 @@ def visit(
 def _visit(base, coupling, choice, block: Block, nearest: Nearest, before) -> torch.Tensor:
     groups, count, dim = block.entries.shape
     width, n = base.shape
-    made, change = torch.empty_like(base), torch.empty_like(base)
-    inverse = torch.where(block.scales == 0, 0.0, 1 / block.scales)
-    columns = [block.entries[..., j].reshape(-1) for j in range(dim)]
-    start = torch.arange(groups, device=base.device).mul_(count)[:, None]
-    table = torch.ones(groups, dim + 2, count, dtype=base.dtype, device=base.device)
-    table[:, :dim] = -2 * block.entries.transpose(1, 2)
-    squares = torch.stack([columns[i] * columns[j] * (1 if i == j else 2) for i, j in triangle(dim)])
+    vectors = width // dim
+    made, change = torch.empty_like(base), torch.zeros_like(base)
+    # Views of all vectors are made at once, and space is used again: a call costs as much as the arithmetic of small layers.
+    values, mades, changes = (t.view(vectors, dim, n).unbind() for t in (base, made, change))
+    befores = None if before is None else before.view(vectors, dim, n).unbind()
+    choices = choice.unbind()
+    scales = block.scales.unbind()
+    inverses = torch.where(block.scales == 0, 0.0, 1 / block.scales).unbind()
+    pairs = block.entries.view(-1, dim)
+    start = torch.arange(groups, dtype=nearest.word, device=base.device).mul_(count)[:, None]
+    words = torch.empty(vectors, groups, n // groups, dtype=nearest.word, device=base.device)
+    errors = base.new_empty(groups, n // groups, count)
+    bits, found = errors.view(nearest.word), words.unbind()
+    features = base.new_ones(dim + 2, n)  # M z, z M z and 1
+    linear, constant = features[:dim], features[dim]
+    in_groups = features.view(dim + 2, groups, -1).permute(1, 2, 0)
+    value, scaled = base.new_empty(dim, n), base.new_empty(dim, n)
+    squares = torch.stack([pairs[:, i] * pairs[:, j] * (1 if i == j else 2) for i, j in triangle(dim)])
     weights = torch.stack([choice[:, i, j] for i, j in triangle(dim)], 1)
-    features = base.new_ones(dim + 2, n)
-    in_groups = features.view(dim + 2, groups, -1).transpose(0, 1)
+    tables = base.new_ones(PIECE // dim, groups, dim + 2, count)
+    tables[:, :, :dim] = -2 * block.entries.transpose(1, 2)
+    ready = tables.unbind()
     for first in range(0, width, PIECE):
         last = min(first + PIECE, width)
-        lengths = (weights[first // dim : last // dim] @ squares).view(-1, groups, count)  # c M_PP cᵀ
-        for at in range(first, last, dim):
-            vector, own = at // dim, slice(at, at + dim)
-            value = base[own]
-            if at > first:
-                value = torch.addmm(value, coupling[own, first:at], change[first:at], alpha=-1)
-            scaled = value * inverse[block.group[vector]]
-            torch.mm(choice[vector], scaled, out=features[:dim])
-            torch.sum(scaled.mul_(features[:dim]), 0, out=features[dim])
-            table[:, dim + 1] = lengths[vector - first // dim]
-            index = nearest.indices(in_groups, table)
-            block.indices[vector] = index.view(-1)
-            flat = (index + start).view(-1)
-            scale = block.scales[block.group[vector]]
-            for j in range(dim):
-                torch.mul(columns[j].index_select(0, flat), scale, out=made[at + j])
-            if block.real is not None:
-                made[own].mul_(block.real[own])
-            if before is None:
-                torch.sub(value, made[own], out=change[own])
+        here, own = slice(first, last), slice(first // dim, last // dim)
+        tables[: own.stop - own.start, :, dim + 1] = (weights[own] @ squares).view(-1, groups, count)  # c M_PP cᵀ
+        # Vectors of the piece that have not been visited have changed nothing so far: 0. The product need not be cut.
+        changed = change[here]
+        shares = () if coupling is None else coupling[here, here].view(-1, dim, last - first).unbind()
+        for at, vector in enumerate(range(own.start, own.stop)):
+            if at and shares:
+                torch.addmm(values[vector], shares[at], changed, alpha=-1, out=value)
             else:
-                torch.sub(made[own], before[own], out=change[own])
-        base[last:].addmm_(coupling[last:, first:last], change[first:last], alpha=-1)
+                value.copy_(values[vector])
+            group = block.group[vector]
+            torch.mul(value, inverses[group], out=scaled)
+            torch.mm(choices[vector], scaled, out=linear)
+            torch.sum(scaled.mul_(linear), 0, out=constant)
+            torch.bmm(in_groups, ready[at], out=errors)
+            bits.bitwise_and_(~nearest.bits).bitwise_or_(nearest.numbers)
+            torch.amin(bits, 2, out=found[vector])
+            flat = (found[vector] & nearest.bits).add_(start).view(-1)
+            torch.mul(pairs.index_select(0, flat).T, scales[group], out=mades[vector])
+            if block.real is not None:
+                mades[vector].mul_(block.real[vector * dim : (vector + 1) * dim])
+            if befores is None:
+                torch.sub(value, mades[vector], out=changes[vector])
+            else:
+                torch.sub(mades[vector], befores[vector], out=changes[vector])
+        if coupling is not None:
+            base[last:].addmm_(coupling[last:, here], changed, alpha=-1)
+    block.indices = (words & nearest.bits).view(vectors, n).int()
     return made
 
 
@@ -217,12 +235,12 @@ def solve_codebooks(block: Block, form: Form, gradient: torch.Tensor, steps: int
         ]
     )
     diagonal = symmetric(diagonal.view(-1, groups, count).transpose(0, 1), dim)
-    nothing = torch.zeros_like(block.entries)
+    inverse = invert_small(diagonal)
     residual = block.add(gradient.view(shape) * scales, flat)
-    solution, towards = nothing, nothing
+    solution, towards = torch.zeros_like(block.entries), residual
     past = torch.ones(groups, dtype=residual.dtype, device=residual.device)
     for step in range(steps):
-        conditioned = solve_small(diagonal, residual, nothing)
+        conditioned = (inverse * residual[..., None, :]).sum(-1)
         product = (residual * conditioned).sum((1, 2))
         towards = conditioned if step == 0 else conditioned + _ratio(product, past)[:, None, None] * towards
         past = product

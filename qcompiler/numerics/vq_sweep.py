@@ -107,6 +107,7 @@ class Tuning:
     rounds: int
     passes: int
     steps: int
+    compare: bool = False
 
 
 @dataclass
@@ -115,11 +116,13 @@ class Solved:
 
     Attributes:
         blocks: of each span; `codes` `[G, K, d]` and `steps` `[G]` of its entries.
-        difference: W − W̃ `[k', n]`.
+        difference: W − W̃ `[k', n]`, W̃ / unit.
+        rounded: the same where each vector has the entry nearest to it, of the codebooks that the blocks began with.
     """
 
     blocks: list[Coded]
     difference: torch.Tensor
+    rounded: torch.Tensor | None = None
 
 
 @dataclass
@@ -162,6 +165,7 @@ class Rows:
     def sweep(self, upper: torch.Tensor | None) -> Solved:
         """All blocks once; `upper` is R in the order of the sweep, None for the identity."""
         difference = torch.empty_like(self.columns)
+        rounded = torch.empty_like(self.columns) if self.tuning.compare else None
         blocks: list[Coded] = []
         for span in self.layout.spans:
             here, before = slice(span.start, span.stop), slice(0, span.start)
@@ -178,19 +182,31 @@ class Rows:
             feedback = torch.bmm(diagonal_blocks(own, self.shape.dim), inverse.view(-1, self.shape.dim, len(own)))
             feedback = remove_blocks(feedback.view(own.shape), self.shape.dim).T.contiguous()
             coded = self._begin(span, live, form, blocks[-1] if blocks else None)
+            if rounded is not None:
+                torch.sub(self.columns[here], self._nearest(coded.block, self.columns[here]), out=rounded[here])
             decoded = visit(live.clone(), feedback, form.choice, coded.block, self.nearest)
             gradient = form.metric @ (live - decoded)
             decoded = self.refine(coded, form, decoded, gradient, self.shape.group > 0)
             torch.sub(self.columns[here], decoded, out=difference[here])
             blocks.append(coded)
-        return Solved(blocks, difference)
+        return Solved(blocks, difference, rounded)
 
-    def improve(self, solved: Solved, product: Callable[[slice, torch.Tensor], torch.Tensor], metric: Callable) -> None:
+    def _nearest(self, block: Block, columns: torch.Tensor) -> torch.Tensor:
+        """q of the entries nearest to the weights themselves."""
+        alone = torch.eye(block.dim, dtype=columns.dtype, device=columns.device).expand(len(block.group), -1, -1)
+        if block.real is not None:
+            alone = alone * block.real.view(-1, block.dim, 1)
+        return visit(columns.clone(), None, alone, replace(block), self.nearest)
+
+    def improve(
+        self, solved: Solved, product: Callable[[slice, torch.Tensor], torch.Tensor], metric: Callable, frozen: bool = False
+    ) -> None:
         """One pass: each block refined while the others stay.
 
         Args:
             product: (positions B, D) -> (H + δ)[B, :] D.
             metric: positions B -> (H + δ)[B, B].
+            frozen: codebooks stay.
         """
         if self.whole is not None and self.shape.scales == "fp16":
             self._row_scales(solved, product)
@@ -200,17 +216,44 @@ class Rows:
             gradient = product(here, solved.difference)
             if span.real is not None:
                 gradient = gradient * span.real
-            decoded = self.refine(coded, form, coded.block.decode(), gradient, self.shape.group > 0)
+            decoded = self.refine(coded, form, coded.block.decode(), gradient, self.shape.group > 0, frozen)
             torch.sub(self.columns[here], decoded, out=solved.difference[here])
+
+    def compress(self, solved: Solved) -> None:
+        """Codebooks of one column as the product of two factors of half their rank.
+
+        Sorted codebooks are much alike. The left factor, a row for each codebook, is int8 with a float16 scale; the right
+        one, which all share, is float16.
+        """
+        entries = torch.cat([coded.block.entries for coded in solved.blocks])[..., 0]
+        ordered, order = entries.sort(dim=1, stable=True)
+        left, values, right = torch.linalg.svd(ordered, full_matrices=False)
+        rank = max(1, self.shape.centroids // 2)
+        step = (left * values)[:, :rank].abs().amax(1, keepdim=True) / 127
+        step = torch.where(step > 0, step, 1.0).half().to(step.dtype)
+        left = ((left * values)[:, :rank] / step).round().clamp(-128, 127) * step
+        made = left @ right[:rank].half().to(left.dtype)
+        place = torch.argsort(order, dim=1)
+        for index, (span, coded) in enumerate(zip(self.layout.spans, solved.blocks, strict=True)):
+            own = slice(index * self.groups, (index + 1) * self.groups)
+            old = coded.block.indices.view(-1, self.groups, self.rows)
+            new = place[own].gather(1, old.transpose(0, 1).reshape(self.groups, -1).long())
+            new = new.view(self.groups, len(old), -1).transpose(0, 1).reshape(len(old), -1)
+            coded.codes = made[own, :, None].contiguous()
+            coded.block = replace(coded.block, entries=coded.codes, indices=new.int())
+            here = slice(span.start, span.stop)
+            torch.sub(self.columns[here], coded.block.decode(), out=solved.difference[here])
 
     # ---- a block
 
-    def refine(self, coded: Coded, form: Form, decoded: torch.Tensor, gradient: torch.Tensor, scales: bool) -> torch.Tensor:
+    def refine(
+        self, coded: Coded, form: Form, decoded: torch.Tensor, gradient: torch.Tensor, scales: bool, frozen: bool = False
+    ) -> torch.Tensor:
         """Rounds of entries, scales and indices; a group of rows keeps the best. `gradient` is M (x − q); returns q."""
         for _ in range(self.tuning.rounds):
             start, first = replace(coded.block, indices=coded.block.indices.clone()), decoded
             trial, codes, steps = replace(start), coded.codes, coded.steps
-            if self.codec.table is None:
+            if self.codec.table is None and not frozen:
                 entries = solve_codebooks(trial, form, gradient, self.tuning.steps)
                 codes, steps = self.codec.codebooks(entries)
                 trial = replace(trial, entries=codes * steps[:, None, None])
