@@ -147,7 +147,8 @@ def table(results: dict[str, Measured], judged: list[dict[str, Any]]) -> str:
         spread = f" ± {np.std([row.mean() for row in found.klds], ddof=1):.5f}" if len(found.klds) > 1 else ""
         ratio, same_top = np.mean(found.ratios), np.mean(found.same_top)
         lines.append(f"| {name} | {found.bits:.3f} | {ratio:.4f} | {found.kld:.5f}{spread} | {same_top:.4f} |")
-    lines += ["", "| better | base | KL ratio | asked | paired gain | holds | gain in cross entropy |", "|---|---" + "|---" * 5 + "|"]
+    columns = ("better", "base", "KL ratio", "asked", "paired gain", "holds", "gain in cross entropy")
+    lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in judged:
         gain = f"{row['gain']:+.5f} ± {row['standard_error']:.5f}"
         word = "yes" if row["holds"] else "no"
