@@ -20,7 +20,6 @@ from tests.models import is_decoder, tiny
 from tests.pipeline.rewire import float_artifact
 from tests.pipeline.test_architectures import FLOAT, INT8, LENGTH, FakeQuantized, outputs, relative
 
-
 VQ2 = {"vq": "vq2", "activations": "int8-block128"}
 MODELS = [("llama", "vq2"), ("gpt2", "vq2-4d"), ("bert", "vq2.5"), ("opt", "nf4")]
 MORE = [("phi3", "vq3"), ("gemma3_text", "vq4"), ("qwen3", "vq1d-3"), ("falcon", "vq1d-4"), ("gpt_neox", "vq1d-2")]
