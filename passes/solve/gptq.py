@@ -14,7 +14,8 @@ import torch
 from qcompiler.errors import UsageError
 from qcompiler.numerics import affine
 from qcompiler.numerics.gptq import GptqOptions, GptqResult, gptq
-from qcompiler.numerics.stack import solve_stack
+from qcompiler.numerics.stack import rows_joined, solve_stack
+from qcompiler.passes.solve.guided import GuidedMoments, check_guides, guided_bytes
 from qcompiler.passes.solve.moments import Moments, energy
 from qcompiler.passes.solve.weights import quantizable_weight
 from qcompiler.pipeline.passes import Pass, Report
@@ -42,6 +43,8 @@ class Gptq(Pass):
         damping, passes, groups, ordering, clipping, importance: see `qcompiler.numerics.gptq.GptqOptions`.
         asymmetric: aim at the float model's outputs on the float model's inputs (GPTAQ, arXiv 2504.02692); a second stream
             of activations then runs beside the quantized one.
+        guided: weigh every token by what the end loss cares for it, as the pass `guide` found (GuidedQuant, arXiv
+            2505.07004): each group of a layer's rows has its own H. Experts have no guide and are solved with their plain H.
         select: which sites; by default all but the head, which `head: true` adds.
         head: solve the site of role `head` too.
     """
@@ -57,11 +60,14 @@ class Gptq(Pass):
     clipping: Literal["mse", "minmax"] = "mse"
     importance: Literal["uniform", "activation", "sweep"] = "sweep"
     asymmetric: bool = False
+    guided: bool = False
     select: Select = Select()
     head: bool = False
 
     def __post_init__(self) -> None:
         self.options()  # refuses what does not go together
+        if self.guided and self.asymmetric:
+            raise ValueError("guided and asymmetric do not go together: the cross statistic knows no weights of tokens")
 
     def options(self) -> GptqOptions:
         known = {f.name for f in fields(GptqOptions)}
@@ -72,7 +78,10 @@ class Gptq(Pass):
         if not sites:
             return Report(skipped=skipped)
         self._check_groups(sites, context)
-        costs = Costs(self._statistics_bytes, self._solver_bytes)
+        if self.guided:
+            check_guides(self.name, sites, context)
+            self._check_matrices(sites, context)
+        costs = Costs(lambda group: self._statistics_bytes(group, context), self._solver_bytes)
         sweep = Sweep(graph, context, sites, float_stream=self.asymmetric, costs=costs)
         report = solve_sites(self, graph, context, sites, sweep, _Method(self, graph, context))
         report.skipped += skipped
@@ -108,7 +117,17 @@ class Gptq(Pass):
                     "their columns; use groups: static, or ordering: group_aware"
                 )
 
-    def _statistics_bytes(self, group: Group) -> int:
+    def _check_matrices(self, sites: list[Site], context: Context) -> None:
+        whole = [site.name for site in sites if context.schemes[site.name].per_tensor]
+        if whole:
+            raise UsageError(
+                f"{self.name}: guided solves a layer's rows in groups, and {whole[0]} has one scale for all of them (group: "
+                "tensor); give it another group, or leave guided out"
+            )
+
+    def _statistics_bytes(self, group: Group, context: Context) -> int:
+        if self.guided and group.expert is None:
+            return guided_bytes(group, context)
         return (3 if self.asymmetric and group.expert is None else 1) * group.experts * 4 * group.k * group.k
 
     def _solver_bytes(self, group: Group) -> int:
@@ -132,11 +151,15 @@ class _Method:
     def statistics(self, group: Group) -> Moments | _ExpertMoments:
         if group.expert is not None:
             return _ExpertMoments(group.k, group.experts)
+        if self.step.guided:
+            return GuidedMoments(group, self.context)
         return Moments(group.k, self.step.asymmetric)
 
     def solve(self, site: Site, statistics: Any) -> tuple[AffineWeight, dict[str, Any], str | None]:
         if site.kind == "experts":
             return self._solve_experts(site, statistics)
+        if self.step.guided:
+            return self._solve_guided(site, statistics)
         hessian, cross, drift = statistics.result()
         weight = quantizable_weight(self.graph, self.context, site)
         result = self._solve_matrix(site, weight, hessian, cross)
@@ -155,6 +178,21 @@ class _Method:
         return gptq(
             weight, hessian, scheme.weight_format, self.step.options(), cross=cross, per_tensor=scheme.per_tensor
         )
+
+    def _solve_guided(self, site: Site, statistics: Any) -> tuple[AffineWeight, dict[str, Any], str | None]:
+        """Each group of rows by its own H, with which its errors are measured too."""
+        weight, hessians = quantizable_weight(self.graph, self.context, site), statistics.of(site.name)
+        parts = list(zip(weight.tensor_split(len(hessians)), hessians, strict=True))
+        results = [self._solve_matrix(site, rows, own, None) for rows, own in parts]
+        solution = rows_joined([result.weight for result in results])
+        whole = sum(energy(rows, own) for rows, own in parts) or 1.0
+        numbers: dict[str, Any] = {"weight_sqnr_db": affine.weight_sqnr_db(weight, solution)}
+        numbers |= {"error_after": sum(result.loss_after for result in results) / whole}
+        numbers |= {"damping": max(result.damping for result in results), "tokens": statistics.tokens}
+        numbers |= {"error_before": sum(result.loss_before or 0.0 for result in results) / whole}
+        dead = max(result.dead for result in results)
+        reasons = [f"row group {index}: {result.fallback}" for index, result in enumerate(results) if result.fallback]
+        return solution, numbers | ({"dead_columns": dead} if dead else {}), "; ".join(reasons) or None
 
     def _solve_experts(self, site: Site, statistics: Any) -> tuple[AffineWeight, dict[str, Any], str | None]:
         """Each expert on its own rows; one that met none has only dead columns, which are rounded."""

@@ -9,11 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-
-from qcompiler.errors import UsageError
 from qcompiler.numerics import affine
 from qcompiler.numerics.gptvq import GptvqOptions, gptvq
+from qcompiler.passes.solve.guided import GuidedMoments, check_guides, guided_bytes
 from qcompiler.passes.solve.moments import Moments, energy
 from qcompiler.passes.solve.weights import fixed_table, quantizable_weight
 from qcompiler.pipeline.passes import Pass, Report
@@ -79,7 +77,7 @@ class Gptvq(Pass):
         if not sites:
             return Report(skipped=skipped)
         if self.guided:
-            self._check_guides(sites, context)
+            check_guides(self.name, sites, context)
         costs = Costs(lambda group: self._statistics_bytes(group, context), self._solver_bytes)
         sweep = Sweep(graph, context, sites, float_stream=self.asymmetric, costs=costs)
         report = solve_sites(self, graph, context, sites, sweep, _Method(self, graph, context))
@@ -88,14 +86,6 @@ class Gptvq(Pass):
         report.notes["segments"] = len(sweep.stretches)
         self._warn_of_few_tokens(sites, context, report)
         return report
-
-    def _check_guides(self, sites: list[Site], context: Context) -> None:
-        missing = [site.name for site in sites if site.name not in context.guides]
-        if missing:
-            raise UsageError(
-                f"{self.name}: guided, but {len(missing)} layers have no weights of their tokens ({missing[0]}); put the pass "
-                "guide before it"
-            )
 
     def _warn_of_few_tokens(self, sites: list[Site], context: Context, report: Report) -> None:
         """With fewer tokens than inputs H has no full rank: some errors cost nothing, and the weights go there."""
@@ -110,33 +100,13 @@ class Gptvq(Pass):
         report.notes["layers_with_few_tokens"] = list(few)
 
     def _statistics_bytes(self, group: Group, context: Context) -> int:
-        square = 4 * group.k * group.k
         if self.guided:
-            return square * (1 + sum(context.guides[site.name].shape[1] for site in group.sites if site.name in context.guides))
-        return (3 if self.asymmetric else 1) * square
+            return guided_bytes(group, context)
+        return (3 if self.asymmetric else 1) * 4 * group.k * group.k
 
     def _solver_bytes(self, group: Group) -> int:
         n = max(site.shape[0] for site in group.sites)
         return 4 * (SQUARES * group.k * group.k + WEIGHTS * n * group.k)
-
-
-class _Guided(Moments):
-    """H, and of every site of the group one more for each group of its rows."""
-
-    def __init__(self, k: int, guides: dict[str, torch.Tensor]):
-        from qcompiler.sweep.reducers import GuidedHessians
-
-        super().__init__(k, asymmetric=False)
-        self._each = {name: GuidedHessians(k, guide.shape[1], guide) for name, guide in guides.items()}
-
-    def update(self, *x: torch.Tensor) -> None:
-        super().update(*x)
-        for reducer in self._each.values():
-            reducer.update(x[0])
-
-    def of(self, site: str) -> torch.Tensor:
-        """`[row groups, k, k]`; taken once."""
-        return torch.stack(self._each.pop(site).result())
 
 
 @dataclass(frozen=True)
@@ -147,8 +117,7 @@ class _Method:
 
     def statistics(self, group: Group) -> Moments:
         if self.step.guided:
-            wanted = {site.name for site in group.sites} & set(self.context.guides)
-            return _Guided(group.k, {name: self.context.guides[name] for name in sorted(wanted)})
+            return GuidedMoments(group, self.context)
         return Moments(group.k, self.step.asymmetric)
 
     def solve(self, site: Site, statistics: Any) -> tuple[VqWeight, dict[str, Any], str | None]:

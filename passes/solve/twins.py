@@ -203,6 +203,6 @@ class Twins:
         if need > limit:
             raise CapacityError(
                 f"{self._step}: a memory budget of {budget:,} bytes is too small: gradients of one window through the whole "
-                f"model take {int(need / (1 - MARGIN)) + 1:,}; give more memory or shorter windows (--length), or leave the pass out"
+                f"model take {int(need / (1 - MARGIN)) + 1:,}; give more memory or shorter windows (--length), or leave it out"
             )
         self._cache = 0

@@ -20,6 +20,17 @@ def stack(matrices: Sequence[AffineWeight]) -> AffineWeight:
     )
 
 
+def rows_joined(parts: Sequence[AffineWeight]) -> AffineWeight:
+    """One matrix of the rows of several, which have one width and format."""
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    return AffineWeight(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        torch.cat(zeros) if zeros else None,
+        parts[0].format,
+    )
+
+
 def matrices(weight: AffineWeight) -> Iterator[AffineWeight]:
     """Each expert's matrix of a stack, as views; a single matrix itself."""
     if weight.codes.dim() == 2:
