@@ -20,14 +20,15 @@ SMALL = dict(
 
 
 def test_the_random_model_is_a_checkpoint_and_the_same_every_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "SHAPE", models.SHAPE | SMALL)
+    shape = models.SHAPES[models.RANDOM] | SMALL
+    monkeypatch.setattr(models, "SHAPES", {models.RANDOM: shape})
     source = Path(models.source(models.RANDOM, tmp_path))
     assert source == tmp_path / "models" / models.RANDOM
     written = (source / "model.safetensors").read_bytes()
     loaded = load(source)
     parameters = 64 * 32 + 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 3 * 32  # embedding, attention, MLP, norms
     assert loaded.notes == [] and sum(p.numel() for p in loaded.model.parameters()) == parameters
-    models.random_model(tmp_path / "again")
+    models.random_model(tmp_path / "again", shape)
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == written
     before = (source / "config.json").stat().st_mtime_ns
     assert models.source(models.RANDOM, tmp_path) == str(source) and (source / "config.json").stat().st_mtime_ns == before
@@ -47,17 +48,20 @@ def spread(value: float) -> dict:
 
 def case(ours: float, peer: float) -> dict:
     def side(rate: float) -> dict:
+        ratios = {
+            what: {"prefill": spread(rate / base), "decode": spread(rate / base), "load": spread(1.0)}
+            for what, base in (("first", ours), ("peer", peer))
+        }
         return {
             "decode": spread(rate), "step": spread(1000 / rate), "prefill": spread(10 * rate), "load_seconds": spread(0.5),
             "read_bytes_per_second": spread(2e10), "share_of_read": spread(0.5), "bytes_a_token": 3_000_000,
+            "ratios": ratios, "step_ratio": rate / peer,
             "file_bytes": 4_000_000, "compile": {"seconds": 12.0, "processor_seconds": 10.0, "peak_bytes": 2e9},
         }  # fmt: skip
 
-    ratio = spread(ours / peer)
     return {
-        "model": "m", "recipe": "int4", "parameters": 5_000_000, "prompt_tokens": 128,
-        "sides": {decode.OURS: side(ours), decode.PEER: side(peer)},
-        "ratios": {"prefill": ratio, "decode": ratio, "load": spread(1.0)}, "step_ratio": ours / peer, "logits_difference": 0.01,
+        "model": "m", "recipes": ["int4", "vq2"], "parameters": 5_000_000, "prompt_tokens": 128, "first": "int4",
+        "peer": "onnx-stock int4", "sides": {"int4": side(ours), "vq2": side(2 * ours), "onnx-stock int4": side(peer)},
     }  # fmt: skip
 
 
@@ -67,10 +71,11 @@ def test_the_table_says_who_is_faster(ours: float, peer: float, verdict: str) ->
     document = decode._document([case(ours, peer)], chosen)
     stream = io.StringIO()
     tables.show(document, stream=stream)
-    assert f"decode ratio {ours / peer:.2f}, {verdict}" in stream.getvalue()
+    said = f"decode int4 / onnx-stock int4 {ours / peer:.2f}, {verdict}; vq2 / int4 2.00"
+    assert said in " ".join(stream.getvalue().split())
     data = json.loads(document.to_json())
     assert data["report"] == "bench-decode" and data["machine"]["versions"]["onnxruntime"] and len(data["commit"]) in (0, 40)
-    assert data["cases"][0]["ratios"]["decode"]["median"] == pytest.approx(ours / peer)
+    assert data["cases"][0]["sides"]["int4"]["ratios"]["peer"]["decode"]["median"] == pytest.approx(ours / peer)
 
 
 def test_the_targets_are_ours_and_the_peer() -> None:

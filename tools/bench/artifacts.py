@@ -12,8 +12,10 @@ from typing import Any
 TARGETS = ("onnx", "onnx-stock")  # ours, and its peer
 
 
-def artifact(source: str, label: str, recipe: str, target: str, work: Path, again: bool = False) -> dict[str, Any]:
-    """Compile `source`, unless `work` has the artifact already.
+def artifact(
+    source: str, label: str, recipe: str, target: str, work: Path, again: bool = False, rounded: bool = False
+) -> dict[str, Any]:
+    """Compile `source`, unless `work` has the artifact already; `rounded`: to nearest, in place of the recipe's passes.
 
     Returns:
         `path`, and what compiling took: `seconds`, `processor_seconds` (of all threads), `peak_bytes`.
@@ -25,17 +27,21 @@ def artifact(source: str, label: str, recipe: str, target: str, work: Path, agai
         shutil.rmtree(path, ignore_errors=True)
         # A fresh process: its peak is that of the compile alone, and none of its memory is left while measuring.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            facts.write_text(json.dumps(pool.submit(_compile, source, str(path), recipe, target).result()))
+            facts.write_text(json.dumps(pool.submit(_compile, source, str(path), recipe, target, rounded).result()))
     return {"path": str(path), **json.loads(facts.read_text())}
 
 
-def _compile(source: str, output: str, recipe: str, target: str) -> dict[str, float]:
+def _compile(source: str, output: str, recipe: str, target: str, rounded: bool) -> dict[str, float]:
     import resource
 
     import qcompiler
+    from qcompiler import recipe as recipes
     from qcompiler.runtime.bench import peak_rss_bytes
 
-    result = qcompiler.compile(source, output=output, recipe=recipe, target=target)
+    chosen = recipes.to_dict(recipes.load(recipe))
+    if rounded:
+        chosen |= {"passes": ["round_to_nearest"], "calibration": {"samples": 0}}
+    result = qcompiler.compile(source, output=output, recipe=chosen, target=target)
     used = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "seconds": result.seconds,
@@ -49,6 +55,6 @@ def read_a_token(path: Path) -> int:
     import onnx_ir as ir
 
     model = ir.load(path / "model.onnx")
-    products = (n for n in model.graph.all_nodes() if n.op_type in ("LinearNBit", "MatMulNBits", "MatMul", "Gemm"))
+    products = (n for n in model.graph.all_nodes() if n.op_type in ("LinearNBit", "LinearVQ", "MatMulNBits", "MatMul", "Gemm"))
     tensors = {v.name: v.const_value.nbytes for n in products for v in n.inputs if v is not None and v.const_value is not None}
     return sum(tensors.values())

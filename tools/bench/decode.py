@@ -1,11 +1,12 @@
-"""Decode and prefill speed beside stock ONNX Runtime, in one interleaved run.
+"""Decode and prefill speed of several recipes beside stock ONNX Runtime, in one interleaved run.
 
-    ./tools/bench/decode --model reference --model random-0.5b --recipes int4 --work DIR --json decode.json
+    ./tools/bench/decode --model reference --model random-0.5b --recipes int4,vq3,vq2 --work DIR --json decode.json
 
-Each model is compiled to `onnx` (our op library) and to `onnx-stock` (MatMulNBits of an unmodified ONNX Runtime, the
-peer) with the same recipe; both run through the same `Session` code. A round opens both in random order and measures
-both in random order, and reads the mapped weights, which is the machine's own limit. Ratios are medians over rounds,
-each ours against the peer in the same round: only they mean anything on a machine that others use too.
+Each model is compiled to `onnx` (our op library) with every recipe, and to `onnx-stock` (MatMulNBits of an unmodified ONNX
+Runtime, the peer) with one; all run through the same `Session` code. A round opens all in random order and measures all in
+random order, and reads the mapped weights, which is the machine's own limit. Ratios are medians over rounds, each against
+the first recipe, or the peer, in the same round: only they mean anything on a machine that others use too. Models with
+random weights are rounded to nearest, whatever the recipe says: nobody's speed depends on how codes were found.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import contextlib
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -41,8 +41,10 @@ WARM_UP = 4  # tokens
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", metavar="NAME", help=f"reference, {models.RANDOM}, or a checkpoint [both]")
-    parser.add_argument("--recipes", default="int4", metavar="NAME,…", help="[int4]")
+    names = f"reference, {', '.join(models.SHAPES)}, or a checkpoint [reference, {models.RANDOM}]"
+    parser.add_argument("--model", action="append", metavar="NAME", help=names)
+    parser.add_argument("--recipes", default="int4", metavar="NAME,…", help="ratios are against the first [int4]")
+    parser.add_argument("--peer", default="int4", metavar="NAME", help="recipe of the peer [int4]")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="inside an operator [all]")
     parser.add_argument("--repeats", type=int, default=11, metavar="N", help="rounds [11]")
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="to decode in a round [64]")
@@ -58,7 +60,7 @@ def main() -> int:
     chosen = options()
     names = chosen.model or ["reference", models.RANDOM]
     with _work(chosen.work) as work:
-        cases = [_case(name, recipe, work, chosen) for name in names for recipe in chosen.recipes.split(",")]
+        cases = [_case(name, work, chosen) for name in names]
     document = _document(cases, chosen)
     if chosen.json:
         chosen.json.write_text(document.to_json() + "\n")
@@ -79,63 +81,72 @@ def _work(given: Path | None) -> Iterator[Path]:
 # ---- measuring
 
 
-def _case(name: str, recipe: str, work: Path, chosen: argparse.Namespace) -> dict[str, Any]:
-    """One model with one recipe, both targets."""
+def _case(name: str, work: Path, chosen: argparse.Namespace) -> dict[str, Any]:
+    """One model with every recipe, and its peer."""
     source, label = models.source(name, work), Path(name).name
-    _tell(f"{label} {recipe}: artifacts")
-    sides = {target: artifact(source, label, recipe, target, work, chosen.recompile) for target in TARGETS}
-    manifest = json.loads((Path(sides[OURS]["path"]) / "manifest.json").read_text())
+    recipes = chosen.recipes.split(",")
+    wanted = {recipe: (recipe, OURS) for recipe in recipes} | {f"{PEER} {chosen.peer}": (chosen.peer, PEER)}
+    sides = {}
+    for side, (recipe, target) in wanted.items():
+        _tell(f"{label} {side}: artifact")
+        sides[side] = artifact(source, label, recipe, target, work, chosen.recompile, rounded=name in models.SHAPES)
+    first, *_, peer = sides
+    manifest = json.loads((Path(sides[first]["path"]) / "manifest.json").read_text())
     context = manifest["context"]
     prompt = chosen.prompt if context is None else min(chosen.prompt, context - chosen.tokens)
     if prompt < 1:
         raise SystemExit(f"{label}: {chosen.tokens} tokens do not fit its context of {context}")
     order = random.Random(chosen.seed)
-    reads = {target: limit.Read(Path(side["path"]) / "model.onnx.data", chosen.threads) for target, side in sides.items()}
+    reads = {side: limit.Read(Path(found["path"]) / "model.onnx.data", chosen.threads) for side, found in sides.items()}
     rounds = []
     for index in range(chosen.repeats + 1):
-        _tell(f"{label} {recipe}: round {index} of {chosen.repeats}")
+        _tell(f"{label}: round {index} of {chosen.repeats}")
         rounds.append(_round(sides, reads, order, prompt, chosen))
     del rounds[0]  # pages come into memory, clocks go up
-    measured = {target: _summary([r[target] for r in rounds], sides[target]) for target in TARGETS}
-    return {
-        "model": label, "recipe": recipe, "parameters": manifest["model"]["parameters"], "prompt_tokens": prompt,
-        "sides": measured,
-        "ratios": {key: _spread([r[OURS][key] / r[PEER][key] for r in rounds]) for key in ("prefill", "decode", "load")},
+    measured = {side: _summary([r[side] for r in rounds], found) for side, found in sides.items()}
+    for side, found in measured.items():
+        found["ratios"] = {
+            what: {key: _spread([r[side][key] / r[base][key] for r in rounds]) for key in ("prefill", "decode", "load")}
+            for what, base in (("first", first), ("peer", peer))
+        }
         # of the median steps: the least affected by pauses that other programs cause
-        "step_ratio": measured[PEER]["step"]["median"] / measured[OURS]["step"]["median"],
-        "logits_difference": statistics.median(_difference(r[OURS]["logits"], r[PEER]["logits"]) for r in rounds),
+        found["step_ratio"] = measured[peer]["step"]["median"] / found["step"]["median"]
+    return {
+        "model": label, "recipes": recipes, "parameters": manifest["model"]["parameters"], "prompt_tokens": prompt,
+        "first": first, "peer": peer, "sides": measured,
     }  # fmt: skip
 
 
 def _round(sides: dict, reads: dict[str, limit.Read], order: random.Random, prompt: int, chosen: argparse.Namespace) -> dict:
     result: dict[str, dict[str, Any]] = {}
     sessions: dict[str, Session] = {}
-    for target in _shuffled(order):
+    for side in _shuffled(order, sides):
         start = time.perf_counter()
-        sessions[target] = Session(sides[target]["path"], threads=chosen.threads, capacity=prompt + chosen.tokens)
-        result[target] = {"load": 1 / (time.perf_counter() - start)}
-    tokens = np.random.default_rng(order.getrandbits(32)).integers(0, sessions[OURS].vocabulary, prompt)
-    for target in _shuffled(order):
+        sessions[side] = Session(sides[side]["path"], threads=chosen.threads, capacity=prompt + chosen.tokens)
+        result[side] = {"load": 1 / (time.perf_counter() - start)}
+    vocabulary = next(iter(sessions.values())).vocabulary
+    tokens = np.random.default_rng(order.getrandbits(32)).integers(0, vocabulary, prompt)
+    for side in _shuffled(order, sides):
         for _ in range(WARM_UP):
-            sessions[target].step(int(tokens[0]))
+            sessions[side].step(int(tokens[0]))
         time.sleep(PAUSE)
-        result[target] |= _run(sessions[target], tokens, chosen.tokens)
-    # one machine, one limit: the faster of the two files' reads holds for both
-    best = max(reads[target].best() for target in _shuffled(order))
-    for target in TARGETS:
-        result[target]["limit"] = best
+        result[side] |= _run(sessions[side], tokens, chosen.tokens)
+    # one machine, one limit: the fastest of the files' reads holds for all
+    best = max(reads[side].best() for side in _shuffled(order, sides))
+    for side in sides:
+        result[side]["limit"] = best
     return result
 
 
-def _shuffled(order: random.Random) -> list[str]:
-    return order.sample(TARGETS, len(TARGETS))
+def _shuffled(order: random.Random, sides: dict) -> list[str]:
+    return order.sample(list(sides), len(sides))
 
 
 def _run(session: Session, prompt: np.ndarray, new: int) -> dict[str, Any]:
-    """Tokens a second of the prompt and of what follows it, seconds of every step, the logits after the prompt."""
+    """Tokens a second of the prompt and of what follows it, seconds of every step."""
     session.reset()
     start = time.perf_counter()
-    first = logits = session.prefill(prompt)
+    logits = session.prefill(prompt)
     prefill = len(prompt) / (time.perf_counter() - start)
     steps = []
     for _ in range(new):
@@ -143,12 +154,7 @@ def _run(session: Session, prompt: np.ndarray, new: int) -> dict[str, Any]:
         start = time.perf_counter()
         logits = session.step(token)
         steps.append(time.perf_counter() - start)
-    return {"prefill": prefill, "decode": new / sum(steps), "steps": steps, "logits": np.array(first)}
-
-
-def _difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """Root mean square of the difference over that of the peer's logits: both sides compute the same model."""
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    return {"prefill": prefill, "decode": new / sum(steps), "steps": steps}
 
 
 def _summary(rounds: list[dict[str, Any]], side: dict[str, Any]) -> dict[str, Any]:
@@ -195,36 +201,37 @@ def _document(cases: list[dict[str, Any]], chosen: argparse.Namespace) -> Docume
         f"{'+' if data['changed'] else ''}",
         f"medians of {chosen.repeats} interleaved rounds, quartiles in brackets; {chosen.tokens} tokens decoded a round",
         f"limit: {limit.DESCRIPTION}",
-        "ratio: ours over onnx-stock in the same round, above 1 we are faster; small models fit into the caches",
+        "ratios: in the same round, above 1 the row is faster; small models fit into the caches",
     ]
     return Document("bench-decode", data, [Text("", lines), *[_table(case) for case in cases]])
 
 
 def _table(case: dict[str, Any]) -> Table:
-    ours, peer, ratios = case["sides"][OURS], case["sides"][PEER], case["ratios"]
+    """One row a side."""
     rows: list[tuple] = []
-
-    def row(what: str, unit: str, key: str, ratio: dict[str, Any] | None, digits: int = 1, factor: float = 1) -> None:
-        write = lambda spread: _written(spread, digits, factor)  # noqa: E731
-        rows.append((what, unit, write(ours[key]), write(peer[key]), _written(ratio, 2) if ratio else None))
-
-    row("decode", "tokens/s", "decode", ratios["decode"])
-    rows.append(("one step", "ms", _written(ours["step"], 2), _written(peer["step"], 2), f"{case['step_ratio']:.2f}"))
-    row(f"prompt of {case['prompt_tokens']}", "tokens/s", "prefill", ratios["prefill"], 0)
-    row("load", "s", "load_seconds", ratios["load"], 2)
-    row("read of the weights", "GB/s", "read_bytes_per_second", None, 1, 1e-9)
-    row("decode's share of it", "%", "share_of_read", None, 0, 100)
-    megabytes = lambda side, key: f"{side[key] / 1e6:.1f}"  # noqa: E731
-    rows.append(("weights a token", "MB", megabytes(ours, "bytes_a_token"), megabytes(peer, "bytes_a_token"), None))
-    rows.append(("files", "MB", megabytes(ours, "file_bytes"), megabytes(peer, "file_bytes"), None))
-    if ours["compile"].keys() & peer["compile"].keys():
-        for what, unit, key, scale in (("compile", "s", "seconds", 1), ("its peak memory", "MB", "peak_bytes", 1e-6)):
-            rows.append((what, unit, *(f"{side['compile'][key] * scale:.0f}" for side in (ours, peer)), None))
-    columns = (Column(f"{case['model']} {case['recipe']}"), Column("unit"), Column("qcompiler", right=True),
-               Column("onnx-stock", right=True), Column("ratio", right=True))  # fmt: skip
-    verdict = "ours is faster" if ratios["decode"]["median"] >= 1 else "THE PEER IS FASTER"
-    title = f"{case['model']}, {case['parameters']:,} parameters, {case['recipe']}"
-    return Table(f"{title}: decode ratio {ratios['decode']['median']:.2f}, {verdict}", columns, rows)
+    for side, found in case["sides"].items():
+        first, peer, compiled = found["ratios"]["first"], found["ratios"]["peer"], found["compile"]
+        rows.append((
+            side, _written(found["decode"], 1), _written(first["decode"], 2), _written(peer["decode"], 2),
+            _written(found["step"], 2), _written(found["prefill"], 0), _written(peer["prefill"], 2),
+            _written(found["load_seconds"], 2), f"{100 * found['share_of_read']['median']:.0f}",
+            f"{found['bytes_a_token'] / 1e6:.1f}", f"{found['file_bytes'] / 1e6:.1f}",
+            f"{compiled['seconds']:.0f}" if "seconds" in compiled else None,
+            f"{compiled['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in compiled else None,
+        ))  # fmt: skip
+    names = (
+        "decode, tokens/s", f"/ {case['first']}", f"/ {case['peer']}", "step, ms", f"prompt of {case['prompt_tokens']}, tokens/s",
+        f"/ {case['peer']}", "load, s", "% of read", "MB a token", "files, MB", "compile, s", "its peak, MB",
+    )  # fmt: skip
+    columns = (Column(case["model"]), *(Column(name, right=True) for name in names))
+    ratio = case["sides"][case["first"]]["ratios"]["peer"]["decode"]["median"]
+    verdict = f"{case['first']} / {case['peer']} {ratio:.2f}, {'ours is faster' if ratio >= 1 else 'THE PEER IS FASTER'}"
+    for recipe in case["recipes"][1:]:
+        ratio = case["sides"][recipe]["ratios"]["first"]["decode"]["median"]
+        verdict += f"; {recipe} / {case['first']} {ratio:.2f}"
+    read = next(iter(case["sides"].values()))["read_bytes_per_second"]
+    title = f"{case['model']}, {case['parameters']:,} parameters (read limit {_written(read, 1, 1e-9)} GB/s): decode {verdict}"
+    return Table(title, columns, rows)
 
 
 def _written(spread: dict[str, Any], digits: int, factor: float = 1) -> str:
