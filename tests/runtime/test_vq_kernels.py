@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(PATH is None or not PATH.exists(), reason=f"no o
 LIBRARY = VqLibrary(PATH) if PATH is not None and PATH.exists() else None
 GUARD = str(__file__).replace("test_vq_kernels.py", "vq_guard.py")
 # The guard's shapes, as it counts its calls.
-GUARDED_SHAPES = {"short": 5, "full": 150}
+GUARDED_SHAPES = {"short": 5, "full": 84}
 
 by_form = pytest.mark.parametrize("form", FORMS, ids=str)
 by_codebook = pytest.mark.parametrize("dim, centroids", CODEBOOKS)
