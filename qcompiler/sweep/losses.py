@@ -13,6 +13,7 @@ from qcompiler.graph.graph import Graph
 from qcompiler.sweep.ends import TOKENS, Ends, find_ends, tokens_that_count
 
 Labels = Literal["text", "sampled"]
+NONE = -100  # the label of a token that has none
 
 
 class Loss(Protocol):
@@ -63,9 +64,10 @@ class NextToken:
                 f"{tuple(logits.shape[:2])} tokens; use labels: sampled"
             )
         counts = tokens_that_count(sample, *logits.shape[:2])
-        mask = counts[:, 1:] & counts[:, :-1]
-        self.labelled += int(mask.sum())
-        return functional.cross_entropy(logits[:, :-1][mask], ids[:, 1:][mask], reduction="sum")
+        labels = torch.full(ids.shape, NONE)
+        labels[:, :-1] = torch.where(counts[:, 1:] & counts[:, :-1], ids[:, 1:], NONE)
+        self.labelled += int((labels != NONE).sum())
+        return _entropy(logits, labels)
 
 
 class SampledEntropy:
@@ -82,7 +84,12 @@ class SampledEntropy:
         # Every token draws, so that a mask changes no other token's label.
         drawn = torch.multinomial(logits.detach().flatten(0, 1).softmax(-1), 1, generator=self._generator)
         self.labelled += int(mask.sum())
-        return functional.cross_entropy(logits[mask], drawn.reshape(mask.shape)[mask], reduction="sum")
+        return _entropy(logits, torch.where(mask, drawn.reshape(mask.shape), NONE))
+
+
+def _entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Of the tokens with a label; nothing of the size of the logits is taken out of them."""
+    return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=NONE, reduction="sum")
 
 
 class Projection:
