@@ -1,5 +1,4 @@
-// The scalar reference of the linear op on vector-quantized matrices: docs/layout.md, "Arithmetic", as it stands. Takes blocks
-// of any number of rows that some ISA has.
+// The scalar reference of the linear op on vector-quantized matrices: docs/layout.md, "Arithmetic", as it stands.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -9,7 +8,7 @@
 namespace qc {
 namespace {
 
-constexpr int64_t kMaxBlockRows = 12;
+constexpr int64_t kMaxBlockRows = 4;  // generic.cpp has no larger blocks
 
 // Calls use(column, entries of the 16 rows) for the columns [begin, end) of a tile, in order. No codebook ends between them.
 template <class Use>
