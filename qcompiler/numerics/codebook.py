@@ -57,13 +57,16 @@ class Nearest:
         self.bits = 2 ** max(entries - 1, 1).bit_length() - 1
         self.entries, self.dtype = entries, like.dtype
         self.numbers = torch.arange(entries, dtype=self.word, device=like.device)
+        # Of no dimension, but tensors: numbers would be made into tensors at each use, which costs more than the use.
+        self.low = torch.tensor(self.bits, dtype=self.word, device=like.device)
+        self.high = ~self.low
         self.size = ELEMENTS if like.device.type == "cpu" else ELSEWHERE
         self.buffer = like.new_empty(0)
 
     def __call__(self, features: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`[G, features, N]`, `[G, features, K]` -> number int64 and error of the nearest entry, `[G, N]` each."""
         words = self.words(features, table)
-        return (words & self.bits).long(), (words & ~self.bits).view(self.dtype)
+        return (words & self.low).long(), (words & self.high).view(self.dtype)
 
     def words(self, features: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """The least word of each point, `[G, N]`."""
@@ -80,7 +83,7 @@ class Nearest:
                 shape = (rows.stop - top, columns.stop - left, self.entries)
                 errors = self.buffer[: shape[0] * shape[1] * shape[2]].view(shape)
                 torch.bmm(features[rows, :, columns].transpose(1, 2), table[rows], out=errors)
-                packed = errors.view(self.word).bitwise_and_(~self.bits).bitwise_or_(self.numbers)
+                packed = errors.view(self.word).bitwise_and_(self.high).bitwise_or_(self.numbers)
                 words[rows, columns] = packed.amin(2)
         return words
 
@@ -190,13 +193,14 @@ def em(
         Entries `[G, K, d]`, the assignment to the entries of the last iteration's start `[G, N]`, and the error after each
         assignment.
     """
-    entries, count = start, start.shape[1]
+    entries, count, dim = start, *start.shape[1:]
     history: list[float] = []
     for _ in range(iterations):
         assignment, errors = nearest(features, table(entries))
         history.append(errors.sum(dtype=torch.float64).item())
-        filled = torch.zeros_like(entries[..., 0]).scatter_(1, assignment, 1.0) > 0
-        entries = update(sums(features, assignment, count), entries)
+        total = sums(features, assignment, count)
+        filled = sum(total[:, at] for at, (i, j) in enumerate(triangle(dim), dim) if i == j) > 0
+        entries = update(total, entries)
         empty = not bool(filled.all())
         if empty:
             entries = reseed(entries, filled, points, errors) if reseeded else entries * filled[..., None]

@@ -40,7 +40,8 @@ class GptvqOptions:
         seeding: of EM: `k-means++`; `mahalanobis`: points at equal ranks of their distance from the mean; `neighbour`: the
             codebook of the block before, if there is one, otherwise as `mahalanobis`.
         rounds: of {codebooks, scales, assignments} in a block of columns when the sweep reaches it.
-        passes: over all columns after the sweep, with the same rounds in each block.
+        passes: over all columns after the sweep, with the same rounds in each block. Where one block is all, one more round
+            takes their place.
         steps: of conjugate gradients for a block's codebooks.
         ordering: in which order blocks of columns, and vectors in a block, are visited: `activation`: by their largest
             diag(H); `none`.
@@ -57,7 +58,7 @@ class GptvqOptions:
     seeding: Literal["mahalanobis", "k-means++", "neighbour"] = "k-means++"
     rounds: int = 2
     passes: int = 1
-    steps: int = 4
+    steps: int = 3
     ordering: Literal["none", "activation"] = "activation"
     compare: bool = True
     dtype: torch.dtype = torch.float32
@@ -290,7 +291,7 @@ class _Solver:
                 solved = gptvq_official.sweep(solver, factor.upper, dead[permutation], undamped.product)
             else:
                 solved = solver.sweep(factor.upper)
-                for _ in range(options.passes):
+                for _ in range(0 if solver.single else options.passes):
                     solver.improve(solved, damped.product, damped.metric)
                 if self.shape.codebooks == "svd":
                     solver.compress(solved)

@@ -171,8 +171,11 @@ def _visit(base, coupling, choice, block: Block, nearest: Nearest, before) -> to
     choices = choice.unbind()
     scales = block.scales.unbind()
     inverses = torch.where(block.scales == 0, 0.0, 1 / block.scales).unbind()
-    pairs = block.entries.view(-1, dim)
-    start = torch.arange(groups, dtype=nearest.word, device=base.device).mul_(count)[:, None]
+    columns = block.entries.view(-1, dim).T.contiguous()
+    start = torch.arange(groups, dtype=nearest.word, device=base.device).mul_(count)
+    start = start.repeat_interleave(n // groups).view(groups, -1)
+    index = torch.empty_like(start)
+    flat = index.view(-1)
     words = torch.empty(vectors, groups, n // groups, dtype=nearest.word, device=base.device)
     errors = base.new_empty(groups, n // groups, count)
     bits, found = errors.view(nearest.word), words.unbind()
@@ -180,7 +183,7 @@ def _visit(base, coupling, choice, block: Block, nearest: Nearest, before) -> to
     linear, constant = features[:dim], features[dim]
     in_groups = features.view(dim + 2, groups, -1).permute(1, 2, 0)
     value, scaled = base.new_empty(dim, n), base.new_empty(dim, n)
-    squares = torch.stack([pairs[:, i] * pairs[:, j] * (1 if i == j else 2) for i, j in triangle(dim)])
+    squares = torch.stack([columns[i] * columns[j] * (1 if i == j else 2) for i, j in triangle(dim)])
     weights = torch.stack([choice[:, i, j] for i, j in triangle(dim)], 1)
     tables = base.new_ones(PIECE // dim, groups, dim + 2, count)
     tables[:, :, :dim] = -2 * block.entries.transpose(1, 2)
@@ -202,10 +205,12 @@ def _visit(base, coupling, choice, block: Block, nearest: Nearest, before) -> to
             torch.mm(choices[vector], scaled, out=linear)
             torch.sum(scaled.mul_(linear), 0, out=constant)
             torch.bmm(in_groups, ready[at], out=errors)
-            bits.bitwise_and_(~nearest.bits).bitwise_or_(nearest.numbers)
+            bits.bitwise_and_(nearest.high).bitwise_or_(nearest.numbers)
             torch.amin(bits, 2, out=found[vector])
-            flat = (found[vector] & nearest.bits).add_(start).view(-1)
-            torch.mul(pairs.index_select(0, flat).T, scales[group], out=mades[vector])
+            torch.bitwise_and(found[vector], nearest.low, out=index)
+            index.add_(start)
+            torch.index_select(columns, 1, flat, out=mades[vector])
+            mades[vector].mul_(scales[group])
             if block.real is not None:
                 mades[vector].mul_(block.real[vector * dim : (vector + 1) * dim])
             if befores is None:
@@ -214,7 +219,7 @@ def _visit(base, coupling, choice, block: Block, nearest: Nearest, before) -> to
                 torch.sub(mades[vector], befores[vector], out=changes[vector])
         if coupling is not None:
             base[last:].addmm_(coupling[last:, here], changed, alpha=-1)
-    block.indices = (words & nearest.bits).view(vectors, n).int()
+    block.indices = (words & nearest.low).view(vectors, n).int()
     return made
 
 

@@ -146,6 +146,7 @@ class Rows:
         self.columns, self.count, self.rows = columns, count, rows
         self.layout, self.codec, self.tuning, self.generator = layout, codec, tuning, generator
         self.shape = codec.shape
+        self.single = len(layout.spans) == 1
         self.groups = columns.shape[1] // rows
         self.nearest = Nearest(self.shape.centroids, columns)
         position = torch.arange(columns.shape[1], device=columns.device)
@@ -167,6 +168,8 @@ class Rows:
         difference = torch.empty_like(self.columns)
         rounded = torch.empty_like(self.columns) if self.tuning.compare else None
         blocks: list[Coded] = []
+        # Where one block is all, a pass after the sweep would be more of the same rounds.
+        rounds = self.tuning.rounds + (self.single and self.tuning.passes > 0)
         for span in self.layout.spans:
             here, before = slice(span.start, span.stop), slice(0, span.start)
             live = self.columns[here]
@@ -186,7 +189,7 @@ class Rows:
                 torch.sub(self.columns[here], self._nearest(coded.block, self.columns[here]), out=rounded[here])
             decoded = visit(live.clone(), feedback, form.choice, coded.block, self.nearest)
             gradient = form.metric @ (live - decoded)
-            decoded = self.refine(coded, form, decoded, gradient, self.shape.group > 0)
+            decoded = self.refine(coded, form, decoded, gradient, rounds)
             torch.sub(self.columns[here], decoded, out=difference[here])
             blocks.append(coded)
         return Solved(blocks, difference, rounded)
@@ -208,7 +211,7 @@ class Rows:
             metric: positions B -> (H + δ)[B, B].
             frozen: codebooks stay.
         """
-        if self.whole is not None and self.shape.scales == "fp16":
+        if self.whole is not None and self.shape.scales == "fp16" and not self.single:
             self._row_scales(solved, product)
         for span, coded in zip(self.layout.spans, solved.blocks, strict=True):
             here = slice(span.start, span.stop)
@@ -216,7 +219,7 @@ class Rows:
             gradient = product(here, solved.difference)
             if span.real is not None:
                 gradient = gradient * span.real
-            decoded = self.refine(coded, form, coded.block.decode(), gradient, self.shape.group > 0, frozen)
+            decoded = self.refine(coded, form, coded.block.decode(), gradient, self.tuning.rounds, frozen)
             torch.sub(self.columns[here], decoded, out=solved.difference[here])
 
     def compress(self, solved: Solved) -> None:
@@ -247,10 +250,11 @@ class Rows:
     # ---- a block
 
     def refine(
-        self, coded: Coded, form: Form, decoded: torch.Tensor, gradient: torch.Tensor, scales: bool, frozen: bool = False
+        self, coded: Coded, form: Form, decoded: torch.Tensor, gradient: torch.Tensor, rounds: int, frozen: bool = False
     ) -> torch.Tensor:
         """Rounds of entries, scales and indices; a group of rows keeps the best. `gradient` is M (x − q); returns q."""
-        for _ in range(self.tuning.rounds):
+        scales = self.shape.scales == "fp16" and (self.shape.group > 0 or self.single)
+        for _ in range(rounds):
             start, first = replace(coded.block, indices=coded.block.indices.clone()), decoded
             trial, codes, steps = replace(start), coded.codes, coded.steps
             if self.codec.table is None and not frozen:
@@ -261,7 +265,7 @@ class Rows:
                 moved = gradient - form.metric @ (changed - first)
             else:
                 changed, moved = first, gradient
-            if scales and self.shape.scales == "fp16":
+            if scales:
                 found = self.codec.scales(solve_scales(trial, form, changed, moved))
                 trial = replace(trial, scales=torch.where(torch.isfinite(found), found, trial.scales))
                 changed = trial.decode()
