@@ -12,6 +12,7 @@ _library = torch.library.Library("qcompiler", "FRAGMENT")
 # The result is the argument itself: observing copies nothing.
 _library.define("observe(Tensor(a) x, str name, str kind) -> Tensor(a)")
 _library.impl("observe", lambda x, name, kind: x, "CompositeExplicitAutograd")
+_library.impl("observe", torch.library.fallthrough_kernel, "Autograd")  # the argument has its own gradient
 torch.library.register_fake("qcompiler::observe", lambda x, name, kind: x, lib=_library)
 
 OBSERVE = torch.ops.qcompiler.observe.default

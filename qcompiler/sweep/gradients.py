@@ -63,7 +63,7 @@ def output_gradients(
         if not loss.labelled:
             raise UsageError(
                 f"no token of the {len(run.samples)} calibration samples has a label (labels: {labels}); "
-                "give samples of at least 2 tokens that are not padding"
+                "give samples of at least 2 tokens that are not padding, or use labels: sampled"
             )
         for site in done:
             yield site, gathered.result(site, run)

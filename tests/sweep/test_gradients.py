@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from qcompiler.errors import CapacityError, InputError, UsageError
+from qcompiler.passes.observe.place_observers import PlaceObservers
 from qcompiler.pipeline.context import Context
 from qcompiler.report.progress import Silent
 from qcompiler.sweep.backward import Backward
@@ -226,6 +228,17 @@ def test_what_cannot_be_measured_is_refused():
             _by_site(bert, broken)
     finally:
         bert.graph.set_constant(site.weight, held)
+
+
+def test_observed_values_pass_gradients():
+    graph, context = calibrated({"bits": 8, "activations": "int8-static"})
+    before = {site.name: s for site, s in output_gradients(graph, context, graph.sites)}
+    report = PlaceObservers().run(graph, context)
+    assert report.changed
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        after = {site.name: s for site, s in output_gradients(graph, context, graph.sites)}
+    _equal(after, before)
 
 
 def test_parts_of_the_outputs_are_consecutive_and_whole():
