@@ -53,9 +53,9 @@ class DistillEndToEnd(Pass):
 
     steps: int = 300
     batch: int = 4
-    scale_rate: float = 0.001
-    codebook_rate: float = 0.3
-    gain_rate: float = 0.001
+    scale_rate: float = 0.004
+    codebook_rate: float = 0.5
+    gain_rate: float = 0.002
     warm_up: float = 0.05
     hold_out: float = 0.125
     checks: int = 6
