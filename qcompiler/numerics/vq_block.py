@@ -171,7 +171,7 @@ def _visit(base, coupling, choice, block: Block, nearest: Nearest, before) -> to
     choices = choice.unbind()
     scales = block.scales.unbind()
     inverses = torch.where(block.scales == 0, 0.0, 1 / block.scales).unbind()
-    columns = block.entries.view(-1, dim).T.contiguous()
+    columns = block.entries.reshape(-1, dim).T.contiguous()
     start = torch.arange(groups, dtype=nearest.word, device=base.device).mul_(count)
     start = start.repeat_interleave(n // groups).view(groups, -1)
     index = torch.empty_like(start)

@@ -96,4 +96,5 @@ def log_scales(scales: torch.Tensor) -> torch.Tensor:
     step = torch.where(torch.isfinite(step) & (step > 0), step, 1.0)
     low = torch.where(torch.isfinite(low), low, 0.0)
     codes = ((logs - low) / step).round().clamp(0, LOG_LEVELS)
-    return torch.where(scales > 0, torch.exp2(low + codes * step), 0.0)
+    values = torch.exp2(low + torch.arange(LOG_LEVELS + 1, device=scales.device) * step)
+    return torch.where(scales > 0, values.gather(1, codes.long()), 0.0)

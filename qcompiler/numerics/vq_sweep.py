@@ -182,12 +182,16 @@ class Rows:
                 if span.start:
                     live = torch.addmm(live, inverse.T, upper[before, here].T @ difference[before])
             form = Form(own @ own.T, self.shape.dim, span.real if span.real is None else span.real.to(own.dtype))
-            feedback = torch.bmm(diagonal_blocks(own, self.shape.dim), inverse.view(-1, self.shape.dim, len(own)))
+            stiffness = diagonal_blocks(own, self.shape.dim)  # R_PP
+            feedback = torch.bmm(stiffness, inverse.view(-1, self.shape.dim, len(own)))
             feedback = remove_blocks(feedback.view(own.shape), self.shape.dim).T.contiguous()
-            coded = self._begin(span, live, form, blocks[-1] if blocks else None)
+            choice = stiffness @ stiffness.mT
+            if span.real is not None:
+                choice = choice * span.real.view(-1, self.shape.dim, 1) * span.real.view(-1, 1, self.shape.dim)
+            coded = self._begin(span, live, choice, blocks[-1] if blocks else None)
             if rounded is not None:
                 torch.sub(self.columns[here], self._nearest(coded.block, self.columns[here]), out=rounded[here])
-            decoded = visit(live.clone(), feedback, form.choice, coded.block, self.nearest)
+            decoded = visit(live.clone(), feedback, choice, coded.block, self.nearest)
             gradient = form.metric @ (live - decoded)
             decoded = self.refine(coded, form, decoded, gradient, rounds)
             torch.sub(self.columns[here], decoded, out=difference[here])
@@ -289,10 +293,10 @@ class Rows:
             gradient = gradient - image.mul_(rows)
         return decoded
 
-    def _begin(self, span: Span, live: torch.Tensor, form: Form, neighbour: Coded | None) -> Coded:
+    def _begin(self, span: Span, live: torch.Tensor, choice: torch.Tensor, neighbour: Coded | None) -> Coded:
         """Scales and a codebook for a block that the sweep has reached."""
         groups = self.groups
-        scales = self._scales(span, live, form)
+        scales = self._scales(span, live, choice)
         vectors = len(span.group)
         indices = torch.zeros(vectors, live.shape[1], dtype=torch.int32, device=live.device)
         if self.codec.table is not None:
@@ -300,7 +304,7 @@ class Rows:
             codes = codes.to(live.dtype).expand(groups, -1, -1).contiguous()
             steps = step.to(live.dtype).expand(groups).contiguous()
             return Coded(Block(codes * steps[:, None, None], indices, scales, span.group, span.real), codes, steps)
-        points, features = self.features(span, live, form.choice, scales)
+        points, features = self.features(span, live, choice, scales)
         if self.tuning.seeding == "k-means++":
             start = codebook.seed_plus_plus(points, features, self.shape.centroids, self.generator)
         elif neighbour is not None and self.tuning.seeding == "neighbour":
@@ -338,17 +342,17 @@ class Rows:
         found = torch.stack([live[own == group].abs().amax(0) for group in range(len(span.groups))]) * self.real
         return log_scales(found) if self.shape.scales == "log4" else self.codec.scales(found)
 
-    def _scales(self, span: Span, live: torch.Tensor, form: Form | None) -> torch.Tensor:
+    def _scales(self, span: Span, live: torch.Tensor, choice: torch.Tensor | None) -> torch.Tensor:
         """Of each group of a block's columns, `[groups, n]`."""
         if self.shape.scales == "none":
             return self.real.expand(1, -1).contiguous()
         if self.whole is not None:
             return self.whole
-        if form is not None and self.codec.table is not None:
+        if choice is not None and self.codec.table is not None:
             members = torch.tensor(span.group, device=live.device)
             vectors = live.view(len(members), self.shape.dim, -1)
             groups = range(len(span.groups))
-            return torch.cat([self._searched(vectors[members == g], form.choice[members == g]) for g in groups])
+            return torch.cat([self._searched(vectors[members == g], choice[members == g]) for g in groups])
         own = torch.tensor(span.group, device=live.device).repeat_interleave(self.shape.dim)
         found = torch.cat([self._root_mean_square(live[own == group]) for group in range(len(span.groups))])
         return log_scales(found) if self.shape.scales == "log4" else self.codec.scales(found)
