@@ -157,6 +157,19 @@ def table(results: dict[str, Measured], judged: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _earlier(files: list[Path], settings: dict[str, Any]) -> dict[str, Measured]:
+    """What earlier runs with the same settings measured."""
+    found: dict[str, Measured] = {}
+    for path in files:
+        document = json.loads(path.read_text())
+        if document.get("settings") != settings:
+            raise SystemExit(f"{path}: measured with {document.get('settings')}, and now it is {settings}")
+        for name, row in document["variants"].items():
+            klds, losses = ([np.array(values) for values in row[key]] for key in ("klds", "losses"))
+            found[name] = Measured(klds, losses, row["ratios"], row["same_top"], row["bits"])
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tools/bench/accuracy", description=__doc__)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
@@ -169,6 +182,8 @@ def main() -> int:
     parser.add_argument("--windows", type=int, help="evaluation windows (default: the whole text)")
     parser.add_argument("--only", metavar="WORD", help="variants whose name holds this word")
     parser.add_argument("--without", metavar="WORD", help="no variants whose name holds this word")
+    parser.add_argument("--results", type=Path, nargs="*", default=[], metavar="FILE", help="what --json wrote with the same "
+                        "settings: its variants are not measured again")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--quiet", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
@@ -179,7 +194,10 @@ def main() -> int:
         parser.error(f"unknown section {', '.join(unknown)}; known: {', '.join(SECTIONS)}")
     chosen = [v for s in sections for v in variants(s, options.model) if not options.only or options.only in v.name]
     chosen = [variant for variant in chosen if not options.without or options.without not in variant.name]
-    results = measure(options.model, chosen, list(range(options.seeds)), options)
+    settings = {name: getattr(options, name) for name in ("model", "seeds", "samples", "windows", "calibration")}
+    results = _earlier(options.results, settings)
+    chosen = [variant for variant in chosen if variant.name not in results]
+    results |= measure(options.model, chosen, list(range(options.seeds)), options) if chosen else {}
     judged = [judge(c, results) for c in [*claims(), *accuracy_vq.vq_claims()] if c.base in results and c.better in results]
     print(table(results, judged))
     if options.json:
@@ -190,7 +208,8 @@ def main() -> int:
             }
             for name, m in results.items()
         }
-        options.json.write_text(json.dumps({"schema": 1, "variants": figures, "claims": judged}, indent=1) + "\n")
+        document = {"schema": 1, "settings": settings, "variants": figures, "claims": judged}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
     return 0 if all(row["holds"] for row in judged) else 1
 
 
