@@ -177,38 +177,53 @@ def em(
     tolerance: float,
     nearest: Nearest,
     reseeded: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Alternate: each point to its nearest entry, each entry to the best of its points.
 
-    Entries without points move to the points with the largest errors. No step increases the error.
+    Entries without points move to the points with the largest errors. No step increases the error. A group ends by itself:
+    none depends on which others are there.
 
     Args:
         points, features: `[G, d, N]`, `[G, features, N]`.
         start: `[G, K, d]`.
         iterations: at most; at least one.
-        tolerance: it ends when an iteration takes less than this share off the error; never if negative.
+        tolerance: a group ends when an iteration takes less than this share off its error; never if negative.
         reseeded: otherwise entries without points become 0, and the error may increase.
 
     Returns:
-        Entries `[G, K, d]`, the assignment to the entries of the last iteration's start `[G, N]`, and the error after each
-        assignment.
+        Entries `[G, K, d]`, and the error of all groups after each assignment, float64 `[iterations]`.
     """
-    entries, count, dim = start, *start.shape[1:]
-    history: list[float] = []
+    result, (count, dim) = start.clone(), start.shape[1:]
+    going = torch.arange(len(start), device=start.device)
+    entries, done = start, torch.zeros(len(start), dtype=torch.bool, device=start.device)
+    last = torch.full((len(start),), torch.nan, dtype=torch.float64, device=start.device)  # no comparison holds at first
+    shown, history = torch.zeros_like(last), []
     for _ in range(iterations):
         assignment, errors = nearest(features, table(entries))
-        history.append(errors.sum(dtype=torch.float64).item())
+        now = errors.sum(1, dtype=torch.float64)
+        shown[going] = now
+        history.append(shown.sum())
         total = sums(features, assignment, count)
         filled = sum(total[:, at] for at, (i, j) in enumerate(triangle(dim), dim) if i == j) > 0
-        entries = update(total, entries)
-        empty = not bool(filled.all())
-        if empty:
-            entries = reseed(entries, filled, points, errors) if reseeded else entries * filled[..., None]
+        better = update(total, entries)
+        full = filled.all(1)
+        if not bool(full.all()):
+            better = reseed(better, filled, points, errors) if reseeded else better * filled[..., None]
+        entries = torch.where(done[:, None, None], entries, better)
         if tolerance < 0:
             continue
-        if len(history) > 1 and not empty and history[-2] - history[-1] <= tolerance * history[-2]:
+        done |= full & (last - now <= tolerance * last)
+        last = now
+        over = int(done.sum())
+        if over == len(done):
             break
-    return entries, assignment, history
+        if 2 * over > len(done):  # the groups that go on are worth a copy
+            result[going[done]] = entries[done]
+            some = ~done
+            going, entries, last, done = going[some], entries[some], last[some], done[some]
+            points, features = points[some], features[some]
+    result[going] = entries
+    return result, torch.stack(history)
 
 
 def reseed(entries: torch.Tensor, filled: torch.Tensor, points: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:

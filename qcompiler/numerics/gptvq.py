@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from qcompiler.numerics import gptaq, gptvq_official
+from qcompiler.numerics import affine, gptaq, gptvq_official
 from qcompiler.numerics import hessian as moments
 from qcompiler.numerics.damping import LARGEST, Factor, NotFactored, factorise
 from qcompiler.numerics.sweep import damped_losses
@@ -22,7 +22,7 @@ from qcompiler.numerics.vq_sweep import Plan, Rows, Solved, Tuning, plan
 from qcompiler.ops.formats import VqFormat
 
 # Rows that are solved at once: some six float32 matrices of [k, rows] should be small beside the Hessian.
-ROWS, ELEMENTS = 4096, 2**24
+ROWS, ELEMENTS, LEAST_ROWS = 4096, 2**24, 512
 ROWS_ELSEWHERE = 65536
 DAMPED = 256  # columns of a product whose squares are summed
 
@@ -136,6 +136,8 @@ def gptvq(
     """
     n, k = weight.shape
     shape = format if isinstance(format, VqShape) else VqShape.of(format)
+    if hessian is None and row_hessians is None:
+        raise ValueError("the solver needs a Hessian, for all rows or for parts of them; `vq_nearest` needs none")
     _check(weight, hessian, shape, cross, row_hessians, table)
     if options.mode == "official" and (cross is not None or table is not None):
         raise ValueError("mode 'official' knows neither cross statistics nor fixed tables: use mode 'exact'")
@@ -329,7 +331,7 @@ class _Solver:
         n, k = weight.shape
         if not (self.shape.rows or self.fixed) or self.shape.scales == "log4" or self.shape.codebooks == "svd":
             return (weight,)
-        size = max(512, min(ROWS, ELEMENTS // k)) if weight.device.type == "cpu" else ROWS_ELSEWHERE
+        size = max(LEAST_ROWS, min(ROWS, ELEMENTS // k)) if weight.device.type == "cpu" else ROWS_ELSEWHERE
         step = self.shape.rows or 1
         return weight.split(-(-size // step) * step)
 
@@ -374,8 +376,9 @@ class _Solver:
             codes, steps = (t[:1, :1].expand(down, across, *t.shape[2:]).contiguous() for t in (codes, steps))
         scales = torch.cat([piece.scales for piece in pieces]) * codec.scale_unit
         steps = steps * codec.codebook_unit
-        if not torch.isfinite(scales).all():
-            raise ValueError("a scale is infinite")
+        for name, values in (("scale", scales), ("codebook's scale", steps)):
+            if self.shape.scales == "fp16" and not (values.abs() < affine.LARGEST_SCALE).all():
+                raise ValueError(f"a {name} exceeds what float16 holds, {affine.LARGEST_SCALE:g}: the weights' range is too wide")
         try:
             packed = shape.packed()
         except ValueError:

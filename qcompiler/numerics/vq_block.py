@@ -163,7 +163,7 @@ def visit(
 def _visit(base, coupling, choice, block: Block, nearest: Nearest, before) -> torch.Tensor:
     groups, count, dim = block.entries.shape
     width, n = base.shape
-    vectors = width // dim
+    vectors, piece = width // dim, max(PIECE // dim, 1) * dim
     made, change = torch.empty_like(base), torch.zeros_like(base)
     # Views of all vectors are made at once, and space is used again: a call costs as much as the arithmetic of small layers.
     values, mades, changes = (t.view(vectors, dim, n).unbind() for t in (base, made, change))
@@ -185,11 +185,11 @@ def _visit(base, coupling, choice, block: Block, nearest: Nearest, before) -> to
     value, scaled = base.new_empty(dim, n), base.new_empty(dim, n)
     squares = torch.stack([columns[i] * columns[j] * (1 if i == j else 2) for i, j in triangle(dim)])
     weights = torch.stack([choice[:, i, j] for i, j in triangle(dim)], 1)
-    tables = base.new_ones(PIECE // dim, groups, dim + 2, count)
+    tables = base.new_ones(piece // dim, groups, dim + 2, count)
     tables[:, :, :dim] = -2 * block.entries.transpose(1, 2)
     ready = tables.unbind()
-    for first in range(0, width, PIECE):
-        last = min(first + PIECE, width)
+    for first in range(0, width, piece):
+        last = min(first + piece, width)
         here, own = slice(first, last), slice(first // dim, last // dim)
         tables[: own.stop - own.start, :, dim + 1] = (weights[own] @ squares).view(-1, groups, count)  # c M_PP cᵀ
         # Vectors of the piece that have not been visited have changed nothing so far: 0. The product need not be cut.

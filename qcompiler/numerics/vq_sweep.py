@@ -311,7 +311,7 @@ class Rows:
             start = neighbour.block.entries
         else:
             start = codebook.seed_mahalanobis(points, self.shape.centroids)
-        entries, _, _ = codebook.em(points, features, start, self.tuning.iterations, self.tuning.tolerance, self.nearest)
+        entries, _ = codebook.em(points, features, start, self.tuning.iterations, self.tuning.tolerance, self.nearest)
         codes, steps = self.codec.codebooks(entries)
         return Coded(Block(codes * steps[:, None, None], indices, scales, span.group, span.real), codes, steps)
 
