@@ -9,6 +9,10 @@
 #else
 #include <cpuid.h>
 #endif
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace qc {
@@ -69,9 +73,37 @@ CpuFeatures detect() {
 
 #elif defined(__aarch64__) || defined(_M_ARM64)
 
+#if defined(__linux__)
+
+// Bits of the auxiliary vector, which older headers lack (arch/arm64/include/uapi/asm/hwcap.h).
+constexpr unsigned long kDotprod = 1ul << 20, kI8mm = 1ul << 13;
+
+bool has_dotprod() { return (getauxval(AT_HWCAP) & kDotprod) != 0; }
+bool has_i8mm() { return (getauxval(AT_HWCAP2) & kI8mm) != 0; }
+
+#elif defined(__APPLE__)
+
+bool has(const char* feature) {
+  int present = 0;
+  size_t size = sizeof present;
+  return sysctlbyname(feature, &present, &size, nullptr, 0) == 0 && present == 1;
+}
+
+bool has_dotprod() { return has("hw.optional.arm.FEAT_DotProd"); }
+bool has_i8mm() { return has("hw.optional.arm.FEAT_I8MM"); }
+
+#else
+
+bool has_dotprod() { return false; }
+bool has_i8mm() { return false; }
+
+#endif
+
 CpuFeatures detect() {
   CpuFeatures f;
   f.neon = true;
+  f.dotprod = has_dotprod();
+  f.i8mm = has_i8mm();
   return f;
 }
 

@@ -45,6 +45,10 @@ struct Dispatch {
     add(kAvx512VnniKernels, avx512vnni);
     add(kAvx2Kernels, avx2);
 #endif
+#if defined(QC_HAVE_NEON_KERNELS)
+    add(kNeonI8mmKernels, cpu.neon && cpu.dotprod && cpu.i8mm);
+    add(kNeonDotprodKernels, cpu.neon && cpu.dotprod);
+#endif
     add(kGenericKernels, true);
 
     const struct {
@@ -53,7 +57,8 @@ struct Dispatch {
     } table[] = {{cpu.avx2, "avx2"},             {cpu.fma, "fma"},           {cpu.f16c, "f16c"},
                  {cpu.avxvnni, "avxvnni"},       {cpu.avx512f, "avx512f"},   {cpu.avx512bw, "avx512bw"},
                  {cpu.avx512vl, "avx512vl"},     {cpu.avx512dq, "avx512dq"}, {cpu.avx512vnni, "avx512vnni"},
-                 {cpu.avx512vbmi, "avx512vbmi"}, {cpu.neon, "neon"}};
+                 {cpu.avx512vbmi, "avx512vbmi"}, {cpu.neon, "neon"},         {cpu.dotprod, "dotprod"},
+                 {cpu.i8mm, "i8mm"}};
     for (const auto& row : table) {
       if (row.present) append(features, sizeof features, row.name);
     }

@@ -95,6 +95,10 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512VnniKernels;
 extern const Kernels kAvx512VbmiKernels;
 #endif
+#if defined(QC_HAVE_NEON_KERNELS)
+extern const Kernels kNeonDotprodKernels;
+extern const Kernels kNeonI8mmKernels;
+#endif
 
 }  // namespace qc
 #endif

@@ -1,0 +1,185 @@
+// Entries of codebooks with NEON. tbl looks indices up in 16, 32 or 64 entries and gives 0 beyond, tbx leaves there what was found
+// before: 256 entries are four look-ups. A decoder keeps the tables of one codebook and
+//   Decoder(entries, dim)   loads them: int8 [dim][centroids]
+//   kBits                   of a column, for VqCodes
+//   each<Q>(p, half, use)   calls use(Index<j>(), v) for j = 0 .. 7 in this order, where v holds the entries, signed, of columns
+//                           4j .. 4j+3 of the chunk of 32 columns, for the quads of the tile from p on: dword = row, byte = column
+// Internal linkage throughout, see layout.h.
+#ifndef QCOMPILER_NEON_VQ_DECODERS_H
+#define QCOMPILER_NEON_VQ_DECODERS_H
+
+#include "../vq_layout.h"
+#include "vectors.h"
+
+namespace qc {
+namespace {
+
+QC_INLINE const uint8_t* bytes_of(const int8_t* entries) { return reinterpret_cast<const uint8_t*>(entries); }
+QC_INLINE uint8x16x2_t load_32(const uint8_t* p) { return {{vld1q_u8(p), vld1q_u8(p + 16)}}; }
+QC_INLINE uint8x16x4_t load_64(const uint8_t* p) {
+  return {{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}};
+}
+
+QC_INLINE uint8x16_t find(const uint8x16_t& table, uint8x16_t index) { return vqtbl1q_u8(table, index); }
+QC_INLINE uint8x16_t find(const uint8x16x2_t& table, uint8x16_t index) { return vqtbl2q_u8(table, index); }
+QC_INLINE uint8x16_t find(const uint8x16x4_t& table, uint8x16_t index) { return vqtbl4q_u8(table, index); }
+
+template <class Table, int Q>
+QC_INLINE Quads<Q> look_up(const Table& table, const Quads<Q>& index) {
+  Quads<Q> out;
+  for (int q = 0; q < Q; ++q) out.v[q] = find(table, index.v[q]);
+  return out;
+}
+
+// 4-bit indices of pairs; one column's 4 entries make those of a pair of 2-bit indices.
+struct Pairs16 {
+  static constexpr int kBits = 2;
+  uint8x16_t x, y;
+
+  QC_INLINE Pairs16(const int8_t* entries, int dim) {
+    if (dim == 2) {
+      x = vld1q_u8(bytes_of(entries));
+      y = vld1q_u8(bytes_of(entries) + 16);
+    } else {
+      uint32_t word;
+      std::memcpy(&word, entries, 4);
+      const uint8x16_t fours = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+      x = vreinterpretq_u8_u32(vdupq_n_u32(word));
+      y = vqtbl1q_u8(x, fours);
+    }
+  }
+
+  template <int Q, class Use>
+  QC_INLINE void each(const uint8_t* p, bool, Use&& use) const {
+    unrolled<2>([&](auto u) QC_LAMBDA_INLINE {
+      constexpr int first = 4 * decltype(u)::value;
+      const Quads<Q> v = Quads<Q>::load(p + 16 * first);
+      const Quads<Q> low = v.masked(0x0f), high = v.template shifted<4>();
+      use(Index<first>(), look_up(x, low));
+      use(Index<first + 1>(), look_up(y, low));
+      use(Index<first + 2>(), look_up(x, high));
+      use(Index<first + 3>(), look_up(y, high));
+    });
+  }
+};
+
+// 1D: the codes are those of `Bits`-bit levels.
+template <int Bits>
+struct Single {
+  static constexpr int kBits = Bits;
+  uint8x16_t table;
+
+  QC_INLINE Single(const int8_t* entries, int) {
+    if (Bits == 4) {
+      table = vld1q_u8(bytes_of(entries));
+    } else {
+      const uint8x8_t half = vld1_u8(bytes_of(entries));
+      table = vcombine_u8(half, half);
+    }
+  }
+
+  template <int Q, class Use>
+  QC_INLINE void each(const uint8_t* p, bool, Use&& use) const {
+    each_vector<Bits, true, Q>(p, [&](auto j, const Quads<Q>& v) QC_LAMBDA_INLINE { use(j, look_up(table, v)); });
+  }
+};
+
+template <int Centroids>
+struct Pairs {
+  static constexpr int kBits = Centroids == 32 ? 5 : 3;
+  using Table = std::conditional_t<Centroids == 32, uint8x16x2_t, uint8x16x4_t>;
+  Table x, y;
+
+  QC_INLINE Pairs(const int8_t* entries, int) {
+    const uint8_t* p = bytes_of(entries);
+    if constexpr (Centroids == 32) {
+      x = load_32(p), y = load_32(p + Centroids);
+    } else {
+      x = load_64(p), y = load_64(p + Centroids);
+    }
+  }
+
+  template <int M, int Q, class Use>
+  QC_INLINE void pair(const Quads<Q>& index, Use&& use) const {
+    use(Index<2 * M>(), look_up(x, index));
+    use(Index<2 * M + 1>(), look_up(y, index));
+  }
+
+  template <int Q, class Use>
+  QC_INLINE void each(const uint8_t* p, bool half, Use&& use) const {
+    using V = Quads<Q>;
+    const V v0 = V::load(p), v1 = V::load(p + 64), v2 = V::load(p + 128);
+    if constexpr (Centroids == 64) {
+      pair<0>(v0.masked(0x3f), use);
+      pair<1>(v1.masked(0x3f), use);
+      pair<2>(v2.masked(0x3f), use);
+      pair<3>(fourth_of_six_bits(v0, v1, v2), use);
+    } else if (!half) {
+      pair<0>(v0.masked(0x1f), use);
+      pair<1>(v1.masked(0x1f), use);
+      pair<2>(v2.masked(0x1f), use);
+      pair<3>(V::load(p + 192).masked(0x1f), use);
+    } else {
+      const V v3 = V::load(p + 192), v4 = V::load(p + 256);
+      pair<0>(v4.masked(0x1f), use);
+      // Top bits of three vectors, gathered from the top and brought down: two of v3 (or v4, or one of each) and three.
+      pair<1>(v3.template shifted_up<1>().template followed_by<2>(v0).template shifted<3>(), use);
+      pair<2>(v4.template shifted_up<1>().template followed_by<2>(v1).template shifted<3>(), use);
+      pair<3>(v4.template followed_by<1>(v3).template followed_by<2>(v2).template shifted<3>(), use);
+    }
+  }
+};
+
+// 256 entries of a column fill 16 registers: column by column, all indices of the chunk are looked up.
+template <int Dim>
+struct Vectors256 {
+  static constexpr int kBits = 8 / Dim;
+  const uint8_t* entries;
+
+  QC_INLINE Vectors256(const int8_t* all, int) : entries(bytes_of(all)) {}
+
+  template <int Q, class Use>
+  QC_INLINE void each(const uint8_t* p, bool, Use&& use) const {
+    Quads<Q> found[8];
+    // One copy of the look-ups: the tables leave no registers for two.
+#pragma GCC unroll 1
+    for (int d = 0; d < Dim; ++d) {
+      uint8x16x4_t table[4];
+      for (int t = 0; t < 4; ++t) table[t] = load_64(entries + 256 * d + 64 * t);
+#pragma GCC unroll 1
+      for (int u = 0; u < 8 / Dim; ++u) {
+        for (int q = 0; q < Q; ++q) {
+          const uint8x16_t index = vld1q_u8(p + 64 * u + 16 * q);
+          uint8x16_t entry = vqtbl4q_u8(table[0], index);
+          for (int t = 1; t < 4; ++t) entry = vqtbx4q_u8(entry, table[t], vsubq_u8(index, vdupq_n_u8(uint8_t(64 * t))));
+          found[Dim * u + d].v[q] = entry;
+        }
+      }
+    }
+    unrolled<8>([&](auto j) QC_LAMBDA_INLINE { use(j, found[decltype(j)::value]); });
+  }
+};
+
+template <class Decoder>
+struct Tag {
+  using type = Decoder;
+};
+
+// Calls choose with the tag of the decoder of a matrix.
+template <class Choose>
+TileFunction with_decoder(const Codebooks& books, Choose&& choose) {
+  switch (books.dim * 1000 + books.centroids) {
+    case 1004:
+    case 2016: return choose(Tag<Pairs16>());
+    case 1008: return choose(Tag<Single<3>>());
+    case 1016: return choose(Tag<Single<4>>());
+    case 2032: return choose(Tag<Pairs<32>>());
+    case 2064: return choose(Tag<Pairs<64>>());
+    case 2256: return choose(Tag<Vectors256<2>>());
+    default: return choose(Tag<Vectors256<4>>());
+  }
+}
+
+}  // namespace
+}  // namespace qc
+#endif
