@@ -204,7 +204,8 @@ def em(
         shown[going] = now
         history.append(shown.sum())
         total = sums(features, assignment, count)
-        filled = sum(total[:, at] for at, (i, j) in enumerate(triangle(dim), dim) if i == j) > 0
+        diagonal = [at for at, (i, j) in enumerate(triangle(dim), dim) if i == j]
+        filled = total[:, diagonal].sum(1) > 0
         better = update(total, entries)
         full = filled.all(1)
         if not bool(full.all()):

@@ -20,7 +20,8 @@ import torch
 
 from qcompiler.numerics import codebook
 from qcompiler.numerics.vq_block import Block, visit
-from qcompiler.numerics.vq_sweep import Coded, Rows, Solved, Span
+from qcompiler.numerics.vq_plan import Span
+from qcompiler.numerics.vq_sweep import Coded, Rows, Solved
 
 COLUMNS = 128  # between two large products
 STEPS, RATE, BETAS, EPSILON = 25, 1e-3, (0.9, 0.999), 1e-8

@@ -20,81 +20,9 @@ from qcompiler.numerics import codebook
 from qcompiler.numerics.codebook import Nearest
 from qcompiler.numerics.vq_block import Block, Form, diagonal_blocks, remove_blocks, solve_codebooks, solve_scales, visit
 from qcompiler.numerics.vq_codec import Codec, log_scales
-from qcompiler.numerics.vq_shape import VqShape
+from qcompiler.numerics.vq_plan import Plan, Span
 
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)  # of the scale that covers a group, with fixed entries
-FIXED_WIDTH = 128  # columns of a block where the codebook is fixed: no format limits it
-
-
-@dataclass(frozen=True)
-class Span:
-    """A block of the sweep: positions `start` to `stop`.
-
-    Attributes:
-        across: its codebook among those of a row.
-        groups: of scales that its columns have, ascending; `group`: of each of its vectors, positions in `groups`.
-        real: `[stop - start, 1]`, 0 for padding; None where there is none.
-    """
-
-    start: int
-    stop: int
-    across: int
-    groups: list[int]
-    group: list[int]
-    real: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which column is where.
-
-    Attributes:
-        permutation: int64 `[k']`, position -> column; columns from k on are padding.
-        vectors: int64 `[k' / d]`, position -> natural vector.
-        spans: blocks in the order of the sweep.
-    """
-
-    permutation: torch.Tensor
-    vectors: torch.Tensor
-    spans: list[Span]
-
-
-def plan(diagonal: torch.Tensor, shape: VqShape, ordering: str, fixed: bool) -> Plan:
-    """Plan a sweep: blocks by their largest diag(H), and the vectors of a block too; or all in their order with `none`.
-
-    Args:
-        diagonal: diag(H) `[k]`.
-        fixed: the codebook is given, and a block need not have one of its own.
-    """
-    k, device = len(diagonal), diagonal.device
-    members = shape.members(k).to(device)
-    first = members[:, 0]
-    width = shape.columns or (k if not fixed else max(FIXED_WIDTH, shape.group))
-    block = first // width
-    score = torch.where(members < k, diagonal[members.clamp(max=k - 1)], -torch.inf).amax(1)
-    if ordering == "none":
-        vectors = torch.arange(len(members), device=device)
-    else:
-        largest = score.new_full((int(block.max()) + 1,), -torch.inf).scatter_reduce(0, block, score, "amax")
-        vectors = torch.argsort(score, descending=True, stable=True)
-        vectors = vectors[torch.argsort(block[vectors], stable=True)]
-        rank = torch.argsort(torch.argsort(largest, descending=True, stable=True))
-        vectors = vectors[torch.argsort(rank[block[vectors]], stable=True)]
-    columns = members[vectors]
-    own = (first[vectors] // shape.group if shape.group else torch.zeros_like(vectors)).tolist()
-    blocks = block[vectors].tolist()
-    edges = [i for i in range(len(blocks)) if i == 0 or blocks[i] != blocks[i - 1]] + [len(blocks)]
-    spans = []
-    for begin, end in zip(edges, edges[1:], strict=False):
-        groups = sorted(set(own[begin:end]))
-        real = (columns[begin:end] < k).view(-1, 1)
-        spans.append(
-            Span(
-                begin * shape.dim, end * shape.dim, blocks[begin] if shape.columns else 0, groups,
-                [groups.index(group) for group in own[begin:end]], None if bool(real.all()) else real,
-            )
-        )  # fmt: skip
-    return Plan(columns.reshape(-1), vectors, spans)
 
 
 @dataclass(frozen=True)
@@ -188,7 +116,7 @@ class Rows:
             choice = stiffness @ stiffness.mT
             if span.real is not None:
                 choice = choice * span.real.view(-1, self.shape.dim, 1) * span.real.view(-1, 1, self.shape.dim)
-            coded = self._begin(span, live, choice, blocks[-1] if blocks else None)
+            coded = self._begin(span, live, choice)
             if rounded is not None:
                 torch.sub(self.columns[here], self._nearest(coded.block, self.columns[here]), out=rounded[here])
             decoded = visit(live.clone(), feedback, choice, coded.block, self.nearest)
@@ -293,7 +221,7 @@ class Rows:
             gradient = gradient - image.mul_(rows)
         return decoded
 
-    def _begin(self, span: Span, live: torch.Tensor, choice: torch.Tensor, neighbour: Coded | None) -> Coded:
+    def _begin(self, span: Span, live: torch.Tensor, choice: torch.Tensor) -> Coded:
         """Scales and a codebook for a block that the sweep has reached."""
         groups = self.groups
         scales = self._scales(span, live, choice)
@@ -307,8 +235,6 @@ class Rows:
         points, features = self.features(span, live, choice, scales)
         if self.tuning.seeding == "k-means++":
             start = codebook.seed_plus_plus(points, features, self.shape.centroids, self.generator)
-        elif neighbour is not None and self.tuning.seeding == "neighbour":
-            start = neighbour.block.entries
         else:
             start = codebook.seed_mahalanobis(points, self.shape.centroids)
         entries, _ = codebook.em(points, features, start, self.tuning.iterations, self.tuning.tolerance, self.nearest)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qcompiler.numerics import gptvq as solver
+from qcompiler.numerics import gptvq_layer as solver
 from qcompiler.numerics import vq_tables
 from qcompiler.numerics.gptq import GptqOptions, gptq
 from qcompiler.numerics.gptvq import GptvqOptions, gptvq, vq_nearest
@@ -66,13 +66,13 @@ def test_every_format_has_much_less_loss_than_rounding(format):
 def test_what_is_stored_is_what_was_solved(label, monkeypatch):
     """Bit for bit: W̃ as decoded, and the difference that the last pass left."""
     kept = []
-    natural = solver._Solver._natural
+    natural = solver.Layer._natural
 
     def keep(self, solved, layout, count):
         kept.append((solved.blocks, layout, self.codec.unit))
         return natural(self, solved, layout, count)
 
-    monkeypatch.setattr(solver._Solver, "_natural", keep)
+    monkeypatch.setattr(solver.Layer, "_natural", keep)
     found = gptvq(weight(), second_moment(inputs()), VqFormat.parse(label)).weight.dequantize()
     (blocks, layout, unit) = kept[0]
     decoded = torch.cat([coded.block.decode() for coded in blocks])[:, :32] * unit
@@ -292,7 +292,7 @@ def test_without_any_input_it_rounds_and_says_so():
 def test_where_the_sweep_would_lose_it_rounds_and_says_so(monkeypatch):
     """A sweep that returns noise."""
     w, hessian = weight(), second_moment(inputs())
-    monkeypatch.setattr(solver._Solver, "_damped_loss", lambda *_: torch.tensor(next(losses), dtype=F64))
+    monkeypatch.setattr(solver.Layer, "_damped_loss", lambda *_: torch.tensor(next(losses), dtype=F64))
     losses = iter([1e9, 1.0])
     result = gptvq(w, hessian, FORMAT)
     assert "above that of the weight's own codebooks" in result.fallback and result.loss_after < 1e9

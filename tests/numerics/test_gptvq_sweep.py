@@ -15,8 +15,9 @@ from qcompiler.numerics.sweep import Grids
 from qcompiler.numerics.sweep import sweep as gptq_sweep
 from qcompiler.numerics.vq_block import Block, Form, solve_codebooks, solve_scales, visit
 from qcompiler.numerics.vq_codec import Codec
+from qcompiler.numerics.vq_plan import plan
 from qcompiler.numerics.vq_shape import VqShape
-from qcompiler.numerics.vq_sweep import Rows, Solved, Tuning, plan
+from qcompiler.numerics.vq_sweep import Rows, Solved, Tuning
 from qcompiler.ops.formats import AffineFormat
 
 F64 = torch.float64
