@@ -15,11 +15,6 @@ namespace qc {
 namespace {
 
 QC_INLINE const uint8_t* bytes_of(const int8_t* entries) { return reinterpret_cast<const uint8_t*>(entries); }
-QC_INLINE uint8x16x2_t load_32(const uint8_t* p) { return {{vld1q_u8(p), vld1q_u8(p + 16)}}; }
-QC_INLINE uint8x16x4_t load_64(const uint8_t* p) {
-  return {{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}};
-}
-
 QC_INLINE uint8x16_t find(const uint8x16_t& table, uint8x16_t index) { return vqtbl1q_u8(table, index); }
 QC_INLINE uint8x16_t find(const uint8x16x2_t& table, uint8x16_t index) { return vqtbl2q_u8(table, index); }
 QC_INLINE uint8x16_t find(const uint8x16x4_t& table, uint8x16_t index) { return vqtbl4q_u8(table, index); }
@@ -93,9 +88,9 @@ struct Pairs {
   QC_INLINE Pairs(const int8_t* entries, int) {
     const uint8_t* p = bytes_of(entries);
     if constexpr (Centroids == 32) {
-      x = load_32(p), y = load_32(p + Centroids);
+      x = vld1q_u8_x2(p), y = vld1q_u8_x2(p + Centroids);
     } else {
-      x = load_64(p), y = load_64(p + Centroids);
+      x = vld1q_u8_x4(p), y = vld1q_u8_x4(p + Centroids);
     }
   }
 
@@ -130,7 +125,7 @@ struct Pairs {
   }
 };
 
-// 256 entries of a column fill 16 registers: column by column, all indices of the chunk are looked up.
+// 256 entries of a column are four tables of four registers: one after another meets the same eight vectors of indices.
 template <int Dim>
 struct Vectors256 {
   static constexpr int kBits = 8 / Dim;
@@ -140,21 +135,27 @@ struct Vectors256 {
 
   template <int Q, class Use>
   QC_INLINE void each(const uint8_t* p, bool, Use&& use) const {
+    constexpr int kVectors = 8 / Dim * Q, kTogether = kVectors < 8 ? kVectors : 8;
     Quads<Q> found[8];
-    // One copy of the look-ups: the tables leave no registers for two.
+    // Not unrolled: nothing is gained by it, and there are no registers for two.
 #pragma GCC unroll 1
-    for (int d = 0; d < Dim; ++d) {
-      uint8x16x4_t table[4];
-      for (int t = 0; t < 4; ++t) table[t] = load_64(entries + 256 * d + 64 * t);
-#pragma GCC unroll 1
-      for (int u = 0; u < 8 / Dim; ++u) {
-        for (int q = 0; q < Q; ++q) {
-          const uint8x16_t index = vld1q_u8(p + 64 * u + 16 * q);
-          uint8x16_t entry = vqtbl4q_u8(table[0], index);
-          for (int t = 1; t < 4; ++t) entry = vqtbx4q_u8(entry, table[t], vsubq_u8(index, vdupq_n_u8(uint8_t(64 * t))));
-          found[Dim * u + d].v[q] = entry;
+    for (int part = 0; part < Dim * kVectors / kTogether; ++part) {
+      const int d = part % Dim, first = part / Dim * (kTogether / Q);
+      uint8x16_t index[kTogether], entry[kTogether];
+      for (int v = 0; v < kTogether; ++v) index[v] = vld1q_u8(p + 64 * (first + v / Q) + 16 * (v % Q));
+      unrolled<4>([&](auto t) QC_LAMBDA_INLINE {
+        constexpr int T = decltype(t)::value;
+        const uint8x16x4_t table = vld1q_u8_x4(entries + 256 * d + 64 * T);
+        for (int v = 0; v < kTogether; ++v) {
+          if constexpr (T == 0) {
+            entry[v] = vqtbl4q_u8(table, index[v]);
+          } else {
+            index[v] = vsubq_u8(index[v], vdupq_n_u8(64));
+            entry[v] = vqtbx4q_u8(entry[v], table, index[v]);
+          }
         }
-      }
+      });
+      for (int v = 0; v < kTogether; ++v) found[Dim * (first + v / Q) + d].v[v % Q] = entry[v];
     }
     unrolled<8>([&](auto j) QC_LAMBDA_INLINE { use(j, found[decltype(j)::value]); });
   }

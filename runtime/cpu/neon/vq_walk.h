@@ -28,7 +28,7 @@ struct VqCodes {
   QC_INLINE const uint8_t* chunk(int64_t index) const {
     if (Bits == 5) return codes + index / 2 * vq_unit_bytes(2, 32);
     if (kWhole) return codes + index * chunk_bytes(3);
-    return index < whole ? codes + index * chunk_bytes(kWhole ? 4 : Bits) : tail;
+    return same_loop(index < whole ? codes + index * chunk_bytes(kWhole ? 4 : Bits) : tail);
   }
 };
 
