@@ -119,7 +119,7 @@ def remove_blocks(matrix: torch.Tensor, dim: int) -> torch.Tensor:
 
 def visit(
     base: torch.Tensor,
-    coupling: torch.Tensor | None,
+    coupling: torch.Tensor,
     choice: torch.Tensor,
     block: Block,
     nearest: Nearest,
@@ -135,7 +135,7 @@ def visit(
 
     Args:
         base: `[w, n]`, overwritten.
-        coupling: `[w, w]`; None where vectors are chosen one by one.
+        coupling: `[w, w]`.
         choice: `[v, d, d]`.
 
     Returns:
@@ -194,9 +194,9 @@ def _visit(base, coupling, choice, block: Block, nearest: Nearest, before) -> to
         tables[: own.stop - own.start, :, dim + 1] = (weights[own] @ squares).view(-1, groups, count)  # c M_PP cᵀ
         # Vectors of the piece that have not been visited have changed nothing so far: 0. The product need not be cut.
         changed = change[here]
-        shares = () if coupling is None else coupling[here, here].view(-1, dim, last - first).unbind()
+        shares = coupling[here, here].view(-1, dim, last - first).unbind()
         for at, vector in enumerate(range(own.start, own.stop)):
-            if at and shares:
+            if at:
                 torch.addmm(values[vector], shares[at], changed, alpha=-1, out=value)
             else:
                 value.copy_(values[vector])
@@ -217,8 +217,7 @@ def _visit(base, coupling, choice, block: Block, nearest: Nearest, before) -> to
                 torch.sub(value, mades[vector], out=changes[vector])
             else:
                 torch.sub(mades[vector], befores[vector], out=changes[vector])
-        if coupling is not None:
-            base[last:].addmm_(coupling[last:, here], changed, alpha=-1)
+        base[last:].addmm_(coupling[last:, here], changed, alpha=-1)
     block.indices = (words & nearest.low).view(vectors, n).int()
     return made
 

@@ -118,20 +118,28 @@ class Rows:
                 choice = choice * span.real.view(-1, self.shape.dim, 1) * span.real.view(-1, 1, self.shape.dim)
             coded = self._begin(span, live, choice)
             if rounded is not None:
-                torch.sub(self.columns[here], self._nearest(coded.block, self.columns[here]), out=rounded[here])
-            decoded = visit(live.clone(), feedback, choice, coded.block, self.nearest)
+                nearest = self._round(span, replace(coded.block), self.columns[here])
+                torch.sub(self.columns[here], nearest, out=rounded[here])
+            if upper is None:
+                decoded = self._round(span, coded.block, live)
+            else:
+                decoded = visit(live.clone(), feedback, choice, coded.block, self.nearest)
             gradient = form.metric @ (live - decoded)
             decoded = self.refine(coded, form, decoded, gradient, rounds)
             torch.sub(self.columns[here], decoded, out=difference[here])
             blocks.append(coded)
         return Solved(blocks, difference, rounded)
 
-    def _nearest(self, block: Block, columns: torch.Tensor) -> torch.Tensor:
-        """q of the entries nearest to the weights themselves."""
+    def _round(self, span: Span, block: Block, columns: torch.Tensor) -> torch.Tensor:
+        """Give each vector of `columns` the entry nearest to it; returns q."""
         alone = torch.eye(block.dim, dtype=columns.dtype, device=columns.device).expand(len(block.group), -1, -1)
         if block.real is not None:
             alone = alone * block.real.view(-1, block.dim, 1)
-        return visit(columns.clone(), None, alone, replace(block), self.nearest)
+        _, features = self.features(span, columns, alone, block.scales, scaled=False)
+        numbers = self.nearest(features, codebook.table(block.entries))[0]
+        numbers = numbers.view(self.groups, len(block.group), -1).transpose(0, 1)
+        block.indices = numbers.reshape(len(block.group), -1).int()
+        return block.decode()
 
     def improve(
         self, solved: Solved, product: Callable[[slice, torch.Tensor], torch.Tensor], metric: Callable, frozen: bool = False
