@@ -12,7 +12,7 @@ import torch
 
 from qcompiler.numerics import affine
 from qcompiler.numerics.clipping import BlockHessian, fit_clipped
-from qcompiler.passes.solve.selection import unsolved
+from qcompiler.passes.solve.selection import integer_format, unsolved
 from qcompiler.passes.solve.weights import quantizable_weight
 from qcompiler.pipeline.passes import Pass, Report, Skip
 from qcompiler.recipe.schema import Select
@@ -111,7 +111,7 @@ class _Method:
         return _Statistics(group.k, self.widths(group))
 
     def solve(self, site: Site, statistics: _Statistics) -> tuple[AffineWeight, dict[str, Any], str | None]:
-        format = self.context.schemes[site.name].weight_format
+        format = integer_format(self.context, site)
         weight = quantizable_weight(self.graph, self.context, site)
         width = 1 if self.step.error == "diagonal" else format.group or site.shape[1]
         moments = statistics.blocks[width]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from qcompiler.errors import UsageError
+from qcompiler.numerics.affine import AffineWeight
 from qcompiler.numerics.straight_through import FakeLinear
 from qcompiler.numerics.vq import VqWeight
 from qcompiler.ops.formats import Activation
@@ -151,7 +152,9 @@ class _Block:
         activation = scheme.activation
         if activation is Activation.INT8_STATIC and static is None:
             activation = Activation.FLOAT  # as the sweep computes it until its range is calibrated
-        return FakeLinear(weight, self.context.solutions[site.name], activation, static)
+        solution = self.context.solutions[site.name]
+        assert isinstance(solution, AffineWeight)  # sites with codebooks are left out
+        return FakeLinear(weight, solution, activation, static)
 
     def _descend(self, students: dict[Node, FakeLinear]) -> None:
         step = self.step

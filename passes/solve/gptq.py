@@ -17,6 +17,7 @@ from qcompiler.numerics.gptq import GptqOptions, GptqResult, gptq
 from qcompiler.numerics.stack import rows_joined, solve_stack
 from qcompiler.passes.solve.guided import GuidedMoments, check_guides, guided_bytes
 from qcompiler.passes.solve.moments import Moments, energy
+from qcompiler.passes.solve.selection import integer_format, unsolved
 from qcompiler.passes.solve.weights import quantizable_weight
 from qcompiler.pipeline.passes import Pass, Report
 from qcompiler.recipe.schema import Select
@@ -102,8 +103,6 @@ class Gptq(Pass):
         report.notes["layers_with_few_tokens"] = list(few)
 
     def _sites(self, graph: Graph, context: Context) -> tuple[list[Site], list[Any]]:
-        from qcompiler.passes.solve.selection import unsolved
-
         return unsolved(self.name, graph, context, self.select, head=self.head)
 
     def _check_groups(self, sites: list[Site], context: Context) -> None:
@@ -176,7 +175,7 @@ class _Method:
     def _solve_matrix(self, site: Site, weight: torch.Tensor, hessian: torch.Tensor, cross: Any) -> GptqResult:
         scheme = self.context.schemes[site.name]
         return gptq(
-            weight, hessian, scheme.weight_format, self.step.options(), cross=cross, per_tensor=scheme.per_tensor
+            weight, hessian, integer_format(self.context, site), self.step.options(), cross=cross, per_tensor=scheme.per_tensor
         )
 
     def _solve_guided(self, site: Site, statistics: Any) -> tuple[AffineWeight, dict[str, Any], str | None]:
@@ -203,7 +202,7 @@ class _Method:
             nonlocal before, after, whole, damping
             hessian, tokens = statistics.result(expert), statistics.tokens[expert]
             if not tokens:
-                return affine.fit(weight, self.context.schemes[site.name].weight_format)
+                return affine.fit(weight, integer_format(self.context, site))
             result = self._solve_matrix(site, weight, hessian, None)
             before += tokens * (result.loss_before or 0.0)
             after += tokens * result.loss_after

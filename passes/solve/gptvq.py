@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from qcompiler.numerics import affine
 from qcompiler.numerics.gptvq import GptvqOptions, gptvq
+from qcompiler.numerics.vq import VqWeight
 from qcompiler.passes.solve.guided import GuidedMoments, check_guides, guided_bytes
 from qcompiler.passes.solve.moments import Moments, energy
+from qcompiler.passes.solve.selection import unsolved
 from qcompiler.passes.solve.weights import fixed_table, quantizable_weight
 from qcompiler.pipeline.passes import Pass, Report
 from qcompiler.recipe.schema import Select, VqScheme
@@ -23,7 +25,6 @@ from qcompiler.sweep.sweep import Sweep
 
 if TYPE_CHECKING:
     from qcompiler.graph.graph import Graph, Site
-    from qcompiler.numerics.vq import VqWeight
     from qcompiler.pipeline.context import Context
 
 # Matrices of k × k that the solver holds beside the statistics, and of n × k, in float32.
@@ -50,7 +51,7 @@ class Gptvq(Pass):
 
     damping: float = GptvqOptions.damping
     iterations: int = GptvqOptions.iterations
-    seeding: Literal["mahalanobis", "k-means++"] = GptvqOptions.seeding
+    seeding: Literal["mahalanobis", "k-means++", "neighbour"] = GptvqOptions.seeding
     rounds: int = GptvqOptions.rounds
     passes: int = GptvqOptions.passes
     steps: int = GptvqOptions.steps
@@ -71,8 +72,6 @@ class Gptvq(Pass):
         return GptvqOptions(**{f.name: getattr(self, f.name) for f in fields(self) if f.name in known})
 
     def run(self, graph: Graph, context: Context) -> Report:
-        from qcompiler.passes.solve.selection import unsolved
-
         sites, skipped = unsolved(self.name, graph, context, self.select, head=self.head, codebooks=True)
         if not sites:
             return Report(skipped=skipped)
@@ -130,6 +129,7 @@ class _Method:
             weight, hessian, scheme.weight_format, self.step.options(),
             cross=cross, row_hessians=rows, table=fixed_table(scheme), seed=self.step.seed,
         )  # fmt: skip
+        assert isinstance(result.weight, VqWeight)  # of a packed format
         if rows is None:
             whole = energy(weight, hessian)
         else:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from qcompiler.errors import InputError
 from qcompiler.numerics import affine
 from qcompiler.numerics.stack import solve_stack
+from qcompiler.numerics.vq import VqWeight
 from qcompiler.passes.solve.weights import fixed_table, quantizable_weight
 from qcompiler.pipeline.passes import Pass, Report, Skip
 from qcompiler.pipeline.selection import check_selector
@@ -91,6 +92,7 @@ class RoundToNearest(Pass):
 
             matrix = quantizable_weight(graph, context, site)
             found = vq_nearest(matrix, scheme.weight_format, table=fixed_table(scheme), seed=self.seed)
+            assert isinstance(found, VqWeight)
             return found, affine.weight_sqnr_db(matrix, found)
         fit = lambda w: affine.fit(w, scheme.weight_format, self.clipping, self.norm, scheme.per_tensor)  # noqa: E731
         if site.kind == "experts":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qcompiler.ops.formats import AffineFormat
 from qcompiler.pipeline.passes import Skip
 from qcompiler.pipeline.selection import check_selector
 from qcompiler.recipe.schema import VqScheme
@@ -46,3 +47,10 @@ def unsolved(
         else:
             skipped.append(Skip(site.name, reason))
     return chosen, skipped
+
+
+def integer_format(context: Context, site: Site) -> AffineFormat:
+    """The format of a site that `unsolved` gave, or that has such a solution."""
+    format = context.schemes[site.name].weight_format
+    assert isinstance(format, AffineFormat), f"{site.name} is {format.label}"
+    return format

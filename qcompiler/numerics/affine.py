@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -252,7 +253,14 @@ def sqnr_db(reference: torch.Tensor, approximation: torch.Tensor) -> float:
     return decibel(signal, noise)
 
 
-def weight_sqnr_db(weight: torch.Tensor, solution: AffineWeight) -> float:
+class Dequantizable(Protocol):
+    """A quantized matrix of whatever kind."""
+
+    def dequantize(self, rows: slice = slice(None), /) -> torch.Tensor:
+        """Float32 `[n, k]`, or some rows."""
+
+
+def weight_sqnr_db(weight: torch.Tensor, solution: Dequantizable) -> float:
     """`sqnr_db(weight, solution.dequantize())`, a few rows at a time."""
     signal = noise = 0.0
     step = max(1, CHUNK // max(weight.shape[1], 1))
