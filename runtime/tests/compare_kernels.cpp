@@ -1,5 +1,5 @@
-// Every ISA that this CPU executes against the generic one, bit for bit, over generated calls, each buffer against an inaccessible
-// page at either end. For architectures that no Python runs on here (tests/runtime/test_neon.py); it runs on any.
+// Every ISA that this CPU executes against the generic one, bit for bit, over generated calls, each buffer against an
+// inaccessible page at either end. For architectures that no Python runs on here (tests/runtime/test_neon.py); it runs on any.
 //
 //   compare_kernels [CASES [SEED]]
 //   compare_kernels isas                    what qc_cpu_features, qc_isas and qc_isa say, a line each

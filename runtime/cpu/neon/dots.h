@@ -47,7 +47,7 @@ struct LaneDots {
 };
 
 #if defined(__ARM_FEATURE_MATMUL_INT8)
-// smmla multiplies 2 rows of 8 columns by 2 rows of 8 columns: two neighbouring vectors are zipped, weights and activations alike.
+// smmla multiplies 2 rows of 8 columns by 2 rows of 8 columns: neighbouring vectors are zipped, weights and activations alike.
 template <int R, int Q>
 struct MatrixDots {
   static_assert(R % 4 == 0);

@@ -9,14 +9,14 @@ namespace qc {
 namespace {
 
 // Quads first .. first + Q - 1 of a tile.
-template <class With, int Bits, bool Asymmetric, int R, int Q>
+template <class With, int Bits, int R, int Q>
 QC_INLINE void int8_quads(const LinearJob& job, const TileCodes<Bits>& codes, int64_t tile, int64_t block, int first) {
   const Matrix& w = job.weight;
   const int8_t* x = static_cast<const int8_t*>(job.x) + block * job.x_block_bytes;
   const float* sa = job.sa + block * job.segments * R;
   const int32_t* sums = job.sums + block * job.segments * R;
   const uint16_t* scales = w.scales + tile * w.groups * kTileRows;
-  const uint8_t* zeros = Asymmetric ? w.zeros + tile * w.groups * tile_zero_bytes(Bits) : nullptr;
+  const uint8_t* zeros = w.zeros ? w.zeros + tile * w.groups * tile_zero_bytes(Bits) : nullptr;
   const int64_t chunks = ceil_div(w.k, kChunk), per_segment = ceil_div(job.segment, kChunk);
 
   float32x4_t acc[Q][R];
@@ -34,11 +34,11 @@ QC_INLINE void int8_quads(const LinearJob& job, const TileCodes<Bits>& codes, in
     }
     for (int q = 0; q < Q; ++q) {
       const float32x4_t scale = load_scales(scales, first + q);
-      const int32x4_t zero = Asymmetric ? load_zeros<Bits>(zeros, first + q) : vdupq_n_s32(0);
+      const int32x4_t zero = zeros ? load_zeros<Bits>(zeros, first + q) : vdupq_n_s32(0);
       unrolled<R>([&](auto m) QC_LAMBDA_INLINE {
         constexpr int M = decltype(m)::value;
         int32x4_t d = dots.template sum<M>(q);
-        if (Asymmetric) {
+        if (zeros) {
           d = vmlsq_n_s32(d, zero, sums[M]);
         } else if (Bits < 8) {  // 8-bit codes are signed here: with no zero point there is nothing to correct
           d = vaddq_s32(d, vdupq_n_s32(sums[M]));
@@ -49,47 +49,18 @@ QC_INLINE void int8_quads(const LinearJob& job, const TileCodes<Bits>& codes, in
     sa += R;
     sums += R;
     scales += job.groups_per_segment * kTileRows;
-    if (Asymmetric) zeros += job.groups_per_segment * tile_zero_bytes(Bits);
+    if (zeros) zeros += job.groups_per_segment * tile_zero_bytes(Bits);
   }
   for (int q = 0; q < Q; ++q) {
     for (int m = 0; m < R; ++m) store(job, tile, first + q, block * R + m, acc[q][m]);
   }
 }
 
-template <class With, int Bits, bool Asymmetric, int R>
+template <class With, int Bits, int R>
 void tile_int8(const LinearJob& job, int64_t tile, int64_t block) {
   constexpr int Q = quads_at_once(R);
   const TileCodes<Bits> codes(job.weight, tile);
-  for (int first = 0; first < 4; first += Q) int8_quads<With, Bits, Asymmetric, R, Q>(job, codes, tile, block, first);
-}
-
-// Few: with what one and two rows are multiplied; Many: four and eight.
-template <class Few, class Many, int Bits, bool Asymmetric>
-TileFunction int8_of_rows(int64_t rows) {
-  switch (rows) {
-    case 1: return tile_int8<Few, Bits, Asymmetric, 1>;
-    case 2: return tile_int8<Few, Bits, Asymmetric, 2>;
-    case 4: return tile_int8<Many, Bits, Asymmetric, 4>;
-    default: return tile_int8<Many, Bits, Asymmetric, 8>;
-  }
-}
-
-template <class Few, class Many, int Bits>
-TileFunction int8_of_zeros(const LinearJob& job) {
-  return job.weight.zeros ? int8_of_rows<Few, Many, Bits, true>(job.block_rows)
-                          : int8_of_rows<Few, Many, Bits, false>(job.block_rows);
-}
-
-template <class Few, class Many>
-void all_int8(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end) {
-  const int bits = job.weight.bits;
-  const TileFunction run = bits == 8   ? int8_of_zeros<Few, Many, 8>(job)
-                           : bits == 4 ? int8_of_zeros<Few, Many, 4>(job)
-                           : bits == 3 ? int8_of_zeros<Few, Many, 3>(job)
-                                       : int8_of_zeros<Few, Many, 2>(job);
-  for (int64_t block = block_begin; block < block_end; ++block) {
-    for (int64_t tile = tile_begin; tile < tile_end; ++tile) run(job, tile, block);
-  }
+  for (int first = 0; first < 4; first += Q) int8_quads<With, Bits, R, Q>(job, codes, tile, block, first);
 }
 
 }  // namespace

@@ -24,7 +24,6 @@ void vq_int8(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t
 }  // namespace dotprod
 
 namespace i8mm {
-extern const int kInt8BlockRows[];
 void linear_int8(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end);
 void vq_int8(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end);
 }  // namespace i8mm

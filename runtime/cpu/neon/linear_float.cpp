@@ -7,12 +7,12 @@
 namespace qc {
 namespace {
 
-template <int Bits, bool Asymmetric, int R, int Q>
+template <int Bits, int R, int Q>
 QC_INLINE void float_quads(const LinearJob& job, const TileCodes<Bits>& codes, int64_t tile, int64_t block, int first) {
   const Matrix& w = job.weight;
   const float* x = reinterpret_cast<const float*>(static_cast<const uint8_t*>(job.x) + block * job.x_block_bytes);
   const uint16_t* scales = w.scales + tile * w.groups * kTileRows;
-  const uint8_t* zeros = Asymmetric ? w.zeros + tile * w.groups * tile_zero_bytes(Bits) : nullptr;
+  const uint8_t* zeros = w.zeros ? w.zeros + tile * w.groups * tile_zero_bytes(Bits) : nullptr;
   const int64_t chunks = ceil_div(w.k, kChunk), per_group = ceil_div(job.segment, kChunk);
   constexpr float kBias = float(code_bias(Bits)), kSymmetric = float(symmetric_zero(Bits)) + kBias;
 
@@ -23,7 +23,7 @@ QC_INLINE void float_quads(const LinearJob& job, const TileCodes<Bits>& codes, i
   }
   int64_t chunk = 0;
   for (int64_t g = 0; g < job.segments; ++g) {
-    if (Asymmetric) {
+    if (zeros) {
       for (int q = 0; q < Q; ++q) {
         zero[q] = vaddq_f32(vcvtq_f32_s32(load_zeros<Bits>(zeros, first + q)), vdupq_n_f32(kBias));
       }
@@ -48,25 +48,20 @@ QC_INLINE void float_quads(const LinearJob& job, const TileCodes<Bits>& codes, i
 }
 
 // Compute-bound: further quads find their codes in the cache.
-template <int Bits, bool Asymmetric, int R>
+template <int Bits, int R>
 void tile_float(const LinearJob& job, int64_t tile, int64_t block) {
   constexpr int Q = 4 / R;
   const TileCodes<Bits> codes(job.weight, tile);
-  for (int first = 0; first < 4; first += Q) float_quads<Bits, Asymmetric, R, Q>(job, codes, tile, block, first);
-}
-
-template <int Bits, bool Asymmetric>
-TileFunction of_rows(int64_t rows) {
-  switch (rows) {
-    case 1: return tile_float<Bits, Asymmetric, 1>;
-    case 2: return tile_float<Bits, Asymmetric, 2>;
-    default: return tile_float<Bits, Asymmetric, 4>;
-  }
+  for (int first = 0; first < 4; first += Q) float_quads<Bits, R, Q>(job, codes, tile, block, first);
 }
 
 template <int Bits>
-TileFunction of_zeros(const LinearJob& job) {
-  return job.weight.zeros ? of_rows<Bits, true>(job.block_rows) : of_rows<Bits, false>(job.block_rows);
+TileFunction of_rows(int64_t rows) {
+  switch (rows) {
+    case 1: return tile_float<Bits, 1>;
+    case 2: return tile_float<Bits, 2>;
+    default: return tile_float<Bits, 4>;
+  }
 }
 
 }  // namespace
@@ -76,14 +71,8 @@ namespace neon {
 const int kFloatBlockRows[] = {1, 2, 4, 0};
 
 void linear_float(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end) {
-  const int bits = job.weight.bits;
-  const TileFunction run = bits == 8   ? of_zeros<8>(job)
-                           : bits == 4 ? of_zeros<4>(job)
-                           : bits == 3 ? of_zeros<3>(job)
-                                       : of_zeros<2>(job);
-  for (int64_t block = block_begin; block < block_end; ++block) {
-    for (int64_t tile = tile_begin; tile < tile_end; ++tile) run(job, tile, block);
-  }
+  const TileFunction run = with_bits(job.weight.bits, [&](auto bits) { return of_rows<decltype(bits)::value>(job.block_rows); });
+  each_tile(job, run, tile_begin, tile_end, block_begin, block_end);
 }
 
 }  // namespace neon

@@ -195,6 +195,25 @@ QC_INLINE void store(const LinearJob& job, int64_t tile, int q, int64_t row, flo
 
 using TileFunction = void (*)(const LinearJob& job, int64_t tile, int64_t block);
 
+// `run` on each tile, block by block.
+QC_INLINE void each_tile(const LinearJob& job, TileFunction run, int64_t tile_begin, int64_t tile_end, int64_t block_begin,
+                         int64_t block_end) {
+  for (int64_t block = block_begin; block < block_end; ++block) {
+    for (int64_t tile = tile_begin; tile < tile_end; ++tile) run(job, tile, block);
+  }
+}
+
+// choose(Index<bits>()) of a matrix.
+template <class Choose>
+TileFunction with_bits(int bits, Choose&& choose) {
+  switch (bits) {
+    case 8: return choose(Index<8>());
+    case 4: return choose(Index<4>());
+    case 3: return choose(Index<3>());
+    default: return choose(Index<2>());
+  }
+}
+
 }  // namespace
 }  // namespace qc
 #endif

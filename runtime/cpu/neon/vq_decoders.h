@@ -1,9 +1,10 @@
-// Entries of codebooks with NEON. tbl looks indices up in 16, 32 or 64 entries and gives 0 beyond, tbx leaves there what was found
-// before: 256 entries are four look-ups. A decoder keeps the tables of one codebook and
+// Entries of codebooks with NEON. tbl looks indices up in 16, 32 or 64 entries and gives 0 beyond, tbx leaves there what was
+// found before: 256 entries are four look-ups. A decoder keeps the tables of one codebook and
 //   Decoder(entries, dim)   loads them: int8 [dim][centroids]
 //   kBits                   of a column, for VqCodes
 //   each<Q>(p, half, use)   calls use(Index<j>(), v) for j = 0 .. 7 in this order, where v holds the entries, signed, of columns
-//                           4j .. 4j+3 of the chunk of 32 columns, for the quads of the tile from p on: dword = row, byte = column
+//                           4j .. 4j+3 of the chunk of 32 columns, for the quads of the tile from p on: dword = row, byte =
+//                           column
 // Internal linkage throughout, see layout.h.
 #ifndef QCOMPILER_NEON_VQ_DECODERS_H
 #define QCOMPILER_NEON_VQ_DECODERS_H

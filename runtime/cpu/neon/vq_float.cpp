@@ -57,9 +57,7 @@ void vq_float(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_
   const TileFunction run = with_decoder(*job.weight.codebooks, [&](auto tag) {
     return of_rows<typename decltype(tag)::type>(job.block_rows);
   });
-  for (int64_t block = block_begin; block < block_end; ++block) {
-    for (int64_t tile = tile_begin; tile < tile_end; ++tile) run(job, tile, block);
-  }
+  each_tile(job, run, tile_begin, tile_end, block_begin, block_end);
 }
 
 }  // namespace neon

@@ -47,27 +47,6 @@ void tile_vq_int8(const LinearJob& job, int64_t tile, int64_t block) {
   for (int first = 0; first < 4; first += Q) vq_int8_quads<With, Decoder, R, Q>(job, codes, tile, block, first);
 }
 
-// Few: with what one and two rows are multiplied; Many: four and eight.
-template <class Few, class Many, class Decoder>
-TileFunction vq_int8_of_rows(int64_t rows) {
-  switch (rows) {
-    case 1: return tile_vq_int8<Few, Decoder, 1>;
-    case 2: return tile_vq_int8<Few, Decoder, 2>;
-    case 4: return tile_vq_int8<Many, Decoder, 4>;
-    default: return tile_vq_int8<Many, Decoder, 8>;
-  }
-}
-
-template <class Few, class Many>
-void all_vq_int8(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end) {
-  const TileFunction run = with_decoder(*job.weight.codebooks, [&](auto tag) {
-    return vq_int8_of_rows<Few, Many, typename decltype(tag)::type>(job.block_rows);
-  });
-  for (int64_t block = block_begin; block < block_end; ++block) {
-    for (int64_t tile = tile_begin; tile < tile_end; ++tile) run(job, tile, block);
-  }
-}
-
 }  // namespace
 }  // namespace qc
 #endif

@@ -5,7 +5,7 @@
 namespace qc {
 
 extern const Kernels kNeonI8mmKernels = {"neon-i8mm",
-                                         neon::i8mm::kInt8BlockRows,
+                                         neon::dotprod::kInt8BlockRows,
                                          neon::kFloatBlockRows,
                                          neon::quantize_row,
                                          neon::i8mm::linear_int8,

@@ -6,10 +6,13 @@ namespace qc {
 namespace neon {
 namespace i8mm {
 
-const int kInt8BlockRows[] = {1, 2, 4, 8, 0};
-
 void linear_int8(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end) {
-  all_int8<Lanes, Matrices>(job, tile_begin, tile_end, block_begin, block_end);
+  if (job.block_rows < 4) return dotprod::linear_int8(job, tile_begin, tile_end, block_begin, block_end);
+  const TileFunction run = with_bits(job.weight.bits, [&](auto bits) -> TileFunction {
+    constexpr int kBits = decltype(bits)::value;
+    return job.block_rows == 4 ? tile_int8<Matrices, kBits, 4> : tile_int8<Matrices, kBits, 8>;
+  });
+  each_tile(job, run, tile_begin, tile_end, block_begin, block_end);
 }
 
 }  // namespace i8mm
