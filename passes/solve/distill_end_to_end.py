@@ -43,7 +43,8 @@ class DistillEndToEnd(Pass):
         warm_up: share of the steps in which rates rise; then they fall to zero along a cosine.
         hold_out: share of the calibration windows that no step sees and that decide.
         checks: how often the held-out windows are looked at on the way.
-        select: which sites.
+        select: which sites; by default all but the head.
+        head: tune the site of role `head` too, and with it the lookups that share its weight.
         seed: order of the windows.
     """
 
@@ -60,6 +61,7 @@ class DistillEndToEnd(Pass):
     hold_out: float = 0.125
     checks: int = 6
     select: Select = Select()
+    head: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -113,14 +115,14 @@ class DistillEndToEnd(Pass):
         reason = None
         if not self.select.matches(site.name, site.role, site.size):
             reason = "not selected"
-        elif site.role == "head" and not named:
+        elif site.role == "head" and not (named or self.head):
             reason = "the head; name it to have it tuned"
         elif site.kind == "experts":
             reason = "a matrix for each expert; computed in float while the others are tuned"
         elif site.name in context.outliers:
             reason = "has columns in float beside its product; computed in float while the others are tuned"
-        elif site.tie_group is not None and any(s.tie_group == site.tie_group and s is not site for s in graph.sites):
-            reason = "shares its weight with another layer"
+        elif any(s.kind != "embedding" for s in _tied(site, graph)):
+            reason = "shares its weight with another product"
         if reason is not None:
             report.skipped.append(Skip(site.name, reason))
         return reason is None
@@ -181,16 +183,24 @@ class DistillEndToEnd(Pass):
         return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(self.steps - rising, 1)))
 
 
+def _tied(site: Site, graph: Graph) -> list[Site]:
+    """The other sites of its storage."""
+    return [s for s in graph.sites if s is not site and site.tie_group is not None and s.tie_group == site.tie_group]
+
+
 def _try(
     graph: Graph, context: Context, sites: list[Site], matrices: dict[str, Tuned], norms: dict[str, torch.Tensor], measure: Any,
     before: float,
 ) -> float:  # fmt: skip
     """Put the tuned solutions and gains in place and measure; what is no better is taken back."""
-    old = {site.name: context.solutions[site.name] for site in sites}
+    tied = {other.name: site.name for site in sites for other in _tied(site, graph) if other.name in context.solutions}
+    old = {name: context.solutions[name] for name in (*(site.name for site in sites), *tied)}
     stored = {name: graph.stored(name) for name in norms}
     scalings = {name: graph.scalings[name] for name in norms if name in graph.scalings}
     for site in sites:
         context.solutions[site.name] = matrices[site.name].solution()
+    for name, owner in tied.items():
+        context.solutions.keep(name, context.solutions[owner])
     for name, gain in norms.items():
         graph.set_constant(name, gain.detach().clone())
     after = measure()

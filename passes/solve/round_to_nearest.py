@@ -33,6 +33,8 @@ class RoundToNearest(Pass):
         clipping: `mse` (the range of each group that makes the squared error least) or `minmax`.
         norm: exponent of the search; 2 is the squared error.
         kind: `embedding` takes lookups alone: first in a recipe, so that what is calibrated behind them sees them rounded.
+        tied: false leaves lookups that share their weight with a product to that product's solver.
+        iterations: of EM at most, where codebooks are learned.
         select: which sites; by default all.
         seed: of the codebooks' first entries, where a format learns them.
     """
@@ -44,15 +46,20 @@ class RoundToNearest(Pass):
     clipping: Literal["mse", "minmax"] = "mse"
     norm: float = 2.0
     kind: Literal["all", "embedding"] = "all"
+    tied: bool = True
+    iterations: int = 30
     select: Select = Select()
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.norm < math.inf:
             raise ValueError(f"norm is {self.norm}, expected an exponent above 0")
+        if self.iterations < 1:
+            raise ValueError(f"iterations is {self.iterations}, expected at least 1")
 
     def _takes(self, site: Site) -> bool:
         wanted = self.kind == "all" or site.kind == self.kind
+        wanted = wanted and (self.tied or site.kind != "embedding" or site.tie_group is None)
         return wanted and self.select.matches(site.name, site.role, site.shape[0] * site.shape[1])
 
     def run(self, graph: Graph, context: Context) -> Report:
@@ -91,7 +98,8 @@ class RoundToNearest(Pass):
             from qcompiler.numerics.gptvq import vq_nearest
 
             matrix = quantizable_weight(graph, context, site)
-            found = vq_nearest(matrix, scheme.weight_format, table=fixed_table(scheme), seed=self.seed)
+            table, options = fixed_table(scheme), {"seed": self.seed, "iterations": self.iterations}
+            found = vq_nearest(matrix, scheme.weight_format, table, **options)
             assert isinstance(found, VqWeight)
             return found, affine.weight_sqnr_db(matrix, found)
         fit = lambda w: affine.fit(w, scheme.weight_format, self.clipping, self.norm, scheme.per_tensor)  # noqa: E731

@@ -10,7 +10,7 @@ from torch.fx import Node
 from torch.utils import _pytree
 
 from qcompiler.errors import CapacityError, InputError, UsageError
-from qcompiler.numerics.tuned import MATRICES, Fixed, Tuned, TunedLinear
+from qcompiler.numerics.tuned import MATRICES, Fixed, Tuned, TunedLinear, TunedLookup
 from qcompiler.ops.formats import Activation
 from qcompiler.sweep.backward_plan import recorded_bytes
 from qcompiler.sweep.budget import MARGIN, copy_bytes
@@ -130,12 +130,22 @@ class Twins:
         for site in self._graph.sites:
             if site.name not in self._context.solutions or site.kind == "experts" or site.name in self._context.outliers:
                 continue
-            if site.kind == "embedding":
-                made[site.node] = product(self._graph, site, self._context)
-            else:
+            if site.kind != "embedding":
                 solution = self._context.solutions[site.name]
                 made[site.node] = self._linear(site, self.matrices.get(site.name) or Fixed(solution))
+        for site in self._graph.sites:
+            if site.kind == "embedding" and site.name in self._context.solutions:
+                made[site.node] = self._lookup(site, made)
         return made
+
+    def _lookup(self, site: Site, made: dict[Node, Product]) -> Product:
+        """Rows as they are stored, or of the tuned matrix of a product that shares the storage."""
+        for other in self._graph.sites:
+            if other.name in self.matrices and site.tie_group is not None and other.tie_group == site.tie_group:
+                linear = made[other.node]
+                assert isinstance(linear, TunedLinear)
+                return TunedLookup(linear)
+        return product(self._graph, site, self._context)
 
     def _linear(self, site: Site, matrix: Tuned) -> TunedLinear:
         activation = self._context.schemes[site.name].activation

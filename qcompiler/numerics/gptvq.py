@@ -25,7 +25,7 @@ from qcompiler.ops.formats import VqFormat
 
 Solution = TypeVar("Solution", bound=VqSolution)
 DEFAULTS = GptvqOptions()
-NEAREST = GptvqOptions(iterations=30, compare=False)
+NEAREST = GptvqOptions(iterations=30, compare=False)  # of `vq_nearest`
 
 
 @dataclass(frozen=True)
@@ -141,21 +141,25 @@ def gptvq(
 
 @overload
 def vq_nearest(
-    weight: torch.Tensor, format: VqFormat, table: torch.Tensor | None = ..., *, seed: int = ...
+    weight: torch.Tensor, format: VqFormat, table: torch.Tensor | None = ..., *, seed: int = ...,
+    iterations: int = ...,
 ) -> VqWeight: ...
 @overload
 def vq_nearest(
-    weight: torch.Tensor, format: VqShape, table: torch.Tensor | None = ..., *, seed: int = ...
+    weight: torch.Tensor, format: VqShape, table: torch.Tensor | None = ..., *, seed: int = ...,
+    iterations: int = ...,
 ) -> VqSolution: ...
 @torch.no_grad()
 def vq_nearest(
-    weight: torch.Tensor, format: VqFormat | VqShape, table: torch.Tensor | None = None, *, seed: int = 0
+    weight: torch.Tensor, format: VqFormat | VqShape, table: torch.Tensor | None = None, *, seed: int = 0,
+    iterations: int = NEAREST.iterations,
 ) -> Any:
     """Codebooks and scales of the weight alone: Σ (W − W̃)² is made small.
 
     Args:
         weight: float `[n, k]`, finite.
         format, table, seed: as in `gptvq`.
+        iterations: of EM at most.
 
     Raises:
         ValueError: as `gptvq`.
@@ -163,7 +167,7 @@ def vq_nearest(
     n, k = weight.shape
     shape = format if isinstance(format, VqShape) else VqShape.of(format)
     _check(weight, None, shape, None, None, table)
-    solver = Layer(shape, Codec.of(shape, weight, table), NEAREST, seed)
+    solver = Layer(shape, Codec.of(shape, weight, table), replace(NEAREST, iterations=iterations), seed)
     return solver.solution(solver.nearest(weight), n, k)
 
 

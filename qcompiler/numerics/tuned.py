@@ -172,6 +172,33 @@ class TunedLinear:
         return _Product.apply(seen, bias, self, *self.matrix.parameters.values())
 
 
+class TunedLookup:
+    """Stands for a lookup in a matrix that is tuned: rows of W̃, float32 `[…, k]`."""
+
+    def __init__(self, linear: TunedLinear):
+        """`linear`: the product of the same matrix, which holds W̃ for both."""
+        self._linear = linear
+
+    def __call__(self, weight: None, ids: torch.Tensor, *_: Any) -> torch.Tensor:
+        return _Lookup.apply(ids, self._linear, *self._linear.matrix.parameters.values())
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: torch.Tensor, linear: TunedLinear, *_: torch.Tensor) -> torch.Tensor:
+        ctx.linear = linear
+        ctx.save_for_backward(ids)
+        return functional.embedding(ids, linear.weight())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        (ids,) = ctx.saved_tensors
+        linear = ctx.linear
+        to_weight = torch.zeros_like(linear.weight())
+        to_weight.index_add_(0, ids.flatten(), gradient.flatten(0, -2))
+        return None, None, *linear.matrix.gradients(to_weight)
+
+
 class _Product(torch.autograd.Function):
     """x W̃ᵀ + bias; on the way back W̃ is made once more."""
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qcompiler import recipe as recipes
-from tools.bench.accuracy_variants import LOOKUPS, Claim, Variant
+from tools.bench.accuracy_variants import Claim, Variant
 
 ACTIVATIONS = "int8-block128"
 FOUR_BITS = {"bits": 4, "group": 32}
@@ -14,19 +14,20 @@ FOUR_BITS = {"bits": 4, "group": 32}
 INTEGERS = {"2.25": (2, 64), "3.25": (3, 64), "4.25": (4, 64)}
 
 
-def _low(name: str, linear: dict[str, Any], passes: list[Any]) -> Variant:
-    """Embedding and head in 4 bits, as the recipes of few bits have them: at equal total size only the body differs."""
+def _low(name: str, linear: dict[str, Any], passes: list[Any], after: list[Any] = []) -> Variant:  # noqa: B006
+    """Embedding and head in 4 bits by GPTQ, as the recipes of few bits have them: at equal total size only the body differs."""
     head = {**FOUR_BITS, "activations": ACTIVATIONS}
     recipe = {"name": name, "linear": {**linear, "activations": ACTIVATIONS}, "embed": FOUR_BITS, "head": head}
-    return Variant(name, recipe | {"passes": [LOOKUPS, *passes, "round_to_nearest"]})
+    untied = {"round_to_nearest": {"kind": "embedding", "tied": False}}
+    return Variant(name, recipe | {"passes": [untied, *passes, {"gptq": {"head": True}}, "round_to_nearest", *after]})
 
 
 def vq_variants() -> Iterator[Variant]:
     """GPTQ at each size, and vectors of two and of four."""
     for size, (bits, group) in INTEGERS.items():
-        yield _low(f"gptq-{size}", {"bits": bits, "group": group}, ["gptq"])
+        yield _low(f"gptq-{size}", {"bits": bits, "group": group}, [])
         if bits < 4:
-            yield _low(f"gptq-{size}-asym", {"bits": bits, "group": group, "symmetric": False}, ["gptq"])
+            yield _low(f"gptq-{size}-asym", {"bits": bits, "group": group, "symmetric": False}, [])
     for name in ("vq2", "vq2-4d", "vq3", "vq4"):
         yield _low(f"gptvq-{name}", {"vq": name}, ["gptvq"])
     for name in ("best-2", "best-3"):
@@ -36,10 +37,10 @@ def vq_variants() -> Iterator[Variant]:
 def ablation_variants(format: str) -> Iterator[Variant]:
     """Each addition to the sweep alone, and all of them."""
     plain = {"rounds": 0, "passes": 0, "ordering": "none"}
-    guide = {"guide": {}}
+    guide, distil = {"guide": {}}, {"distill_end_to_end": {"head": True}}
 
     def variant(name: str, options: dict[str, Any], before: list[Any] = [], after: list[Any] = []) -> Variant:  # noqa: B006
-        return _low(f"{format}-{name}", {"vq": format}, [*before, {"gptvq": options}, *after])
+        return _low(f"{format}-{name}", {"vq": format}, [*before, {"gptvq": options}], after)
 
     yield variant("sweep", plain)
     yield variant("codebooks", plain | {"rounds": 2})
@@ -47,10 +48,10 @@ def ablation_variants(format: str) -> Iterator[Variant]:
     yield variant("ordering", plain | {"ordering": "activation"})
     yield variant("asymmetric", plain | {"asymmetric": True})
     yield variant("guided", plain | {"guided": True}, before=[guide])
-    yield variant("distilled", plain, after=["round_to_nearest", "distill_end_to_end"])
+    yield variant("distilled", plain, after=[distil])
     yield variant("solver", {})
     yield variant("solver-guided", {"guided": True}, before=[guide])
-    yield variant("all", {"guided": True}, before=[guide], after=["round_to_nearest", "distill_end_to_end"])
+    yield variant("all", {"guided": True}, before=[guide], after=[distil])
 
 
 def vq_claims() -> Iterator[Claim]:
