@@ -9,7 +9,7 @@ from torch.nn import functional
 from qcompiler.numerics import affine
 from qcompiler.numerics.affine import AffineWeight
 from qcompiler.numerics.straight_through import round_through
-from qcompiler.numerics.tuned import Fixed, TunedAffine, TunedLinear, TunedVq, group_sums
+from qcompiler.numerics.tuned import Fixed, TunedAffine, TunedLinear, TunedLookup, TunedVq, group_sums
 from qcompiler.numerics.vq import VqWeight
 from qcompiler.ops.formats import Activation, AffineFormat, VqFormat
 
@@ -138,3 +138,18 @@ def test_products_pass_gradients_to_inputs_and_parameters(keep: bool):
     passing = TunedLinear(Fixed(solution), Activation.FLOAT, keep=keep)
     (to_x,) = torch.autograd.grad(passing(x, None, bias).square().sum(), x)
     assert torch.allclose(to_x, twin.grad, rtol=1e-6)
+
+
+def test_a_lookup_and_a_product_of_one_matrix_add_their_gradients():
+    solution = affine.fit(torch.randn(24, 96, generator=torch.Generator().manual_seed(0)), AffineFormat(4, 32))
+    tuned = TunedAffine(solution)
+    linear = TunedLinear(tuned, Activation.FLOAT)
+    ids, x, u, v = torch.tensor([[3, 0], [3, 23]]), torch.randn(5, 96), torch.randn(5, 24), torch.randn(2, 2, 96)
+    rows = TunedLookup(linear)(None, ids)
+    assert torch.equal(rows, solution.dequantize()[ids])
+    ((rows * v).sum() + (linear(x) * u).sum()).backward()
+    dense = solution.dequantize().requires_grad_()
+    ((dense[ids] * v).sum() + (functional.linear(x, dense) * u).sum()).backward()
+    (expected,) = TunedAffine(solution).gradients(dense.grad.clone())
+    (found,) = (p.grad for p in tuned.parameters.values())
+    assert (found - expected).norm() <= 1e-5 * expected.norm()

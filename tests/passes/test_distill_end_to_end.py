@@ -18,6 +18,7 @@ from qcompiler.passes.solve.distill_end_to_end import DistillEndToEnd
 from qcompiler.passes.solve.round_to_nearest import RoundToNearest
 from qcompiler.pipeline.manager import PassManager
 from qcompiler.pipeline.trace import Trace
+from qcompiler.recipe.schema import Select
 from tests.calibrated import batches, calibrated
 from tests.captures import Analysed, analysed
 from tests.sweep.prepared_context import context_of
@@ -119,6 +120,22 @@ def test_gains_of_norms_are_tuned_and_those_alone(model: Analysed):
     assert report.notes["kept"] and report.notes["gains"] == 9
     changed = {name for name, tensor in before.items() if not torch.equal(model.graph.stored(name), tensor)}
     assert changed == set(names)
+
+
+@pytest.mark.parametrize("model", ["gemma2"], indirect=True)
+def test_a_head_and_the_lookups_of_its_weight_are_tuned_as_one(model: Analysed):
+    low = {**W2A8, "group": 64}
+    context = _solved(model, head=low, embed={**low, "activations": "float"})
+    head = next(site for site in model.graph.sites if site.role == "head")
+    lookup = next(site for site in model.graph.sites if site.kind == "embedding")
+    assert head.tie_group is not None and head.tie_group == lookup.tie_group
+    before = context.solutions[head.name]
+    alone = DistillEndToEnd(**QUICK, select=Select(name="*.0.mlp.*")).run(model.graph, context)
+    assert alone.notes["kept"] and context.solutions[head.name] is before
+    report = DistillEndToEnd(**QUICK, head=True).run(model.graph, context)
+    assert report.notes["kept"] and head.name in report.layers and lookup.name not in report.layers
+    assert context.solutions[lookup.name] is context.solutions[head.name]
+    assert (context.solutions[head.name].scales != before.scales).any()
 
 
 def test_what_does_not_get_better_changes_nothing(model: Analysed):
