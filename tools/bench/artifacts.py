@@ -40,7 +40,7 @@ def _compile(source: str, output: str, recipe: str, target: str, rounded: bool) 
 
     chosen = recipes.to_dict(recipes.load(recipe))
     if rounded:
-        chosen |= {"passes": ["round_to_nearest"], "calibration": {"samples": 0}}
+        chosen |= {"passes": [{"round_to_nearest": {"iterations": 1}}], "calibration": {"samples": 0}}
     result = qcompiler.compile(source, output=output, recipe=chosen, target=target)
     used = resource.getrusage(resource.RUSAGE_SELF)
     return {
