@@ -24,7 +24,10 @@ from qcompiler.sweep.solve import solve_sites
 from qcompiler.sweep.sweep import Sweep
 
 if TYPE_CHECKING:
+    import torch
+
     from qcompiler.graph.graph import Graph, Site
+    from qcompiler.ops.formats import VqFormat
     from qcompiler.pipeline.context import Context
 
 # Matrices of k × k that the solver holds beside the statistics, and of n × k, in float32.
@@ -124,7 +127,9 @@ class _Method:
         assert isinstance(scheme, VqScheme)
         hessian, cross, drift = statistics.result()
         weight = quantizable_weight(self.graph, self.context, site)
-        rows = statistics.of(site.name) if self.step.guided else None
+        rows = None
+        if self.step.guided:
+            rows = whole_codebooks(statistics.of(site.name), len(weight), scheme.weight_format, scheme.fixed is not None)
         result = gptvq(
             weight, hessian, scheme.weight_format, self.step.options(),
             cross=cross, row_hessians=rows, table=fixed_table(scheme), seed=self.step.seed,
@@ -139,6 +144,24 @@ class _Method:
         numbers: dict[str, Any] = {"weight_sqnr_db": affine.weight_sqnr_db(weight, result.weight)}
         numbers |= {"error_after": max(result.loss_after + rest, 0.0) / (whole or 1.0)}
         numbers |= {"damping": result.damping, "tokens": statistics.tokens}
+        numbers |= {} if rows is None else {"guided_parts": len(rows)}
         if result.loss_before is not None:
             numbers["error_before"] = max(result.loss_before + rest, 0.0) / (whole or 1.0)
         return result.weight, numbers | ({"dead_columns": result.dead} if result.dead else {}), result.fallback
+
+
+def whole_codebooks(hessians: torch.Tensor, n: int, format: VqFormat, fixed: bool) -> torch.Tensor:
+    """`[groups, k, k]` of a guide -> `[parts, k, k]`: neighbours are averaged until no codebook belongs to two of n rows' parts.
+
+    Args:
+        fixed: the table is not learned, so it belongs to nobody.
+    """
+    groups, k, _ = hessians.shape
+
+    def whole(parts: int) -> bool:
+        if n % parts or groups % parts:
+            return False
+        return parts == 1 or fixed or (format.block_rows > 0 and n // parts % format.block_rows == 0)
+
+    parts = next(parts for parts in range(groups, 0, -1) if whole(parts))
+    return hessians.view(parts, groups // parts, k, k).mean(dim=1)

@@ -7,9 +7,11 @@ import torch
 
 from qcompiler.errors import GateError, InputError, UsageError
 from qcompiler.numerics.vq import VqWeight
+from qcompiler.ops.formats import VqFormat
+from qcompiler.passes.observe.guide import Guide
 from qcompiler.passes.rewrite.quantize_sites import QuantizeSites
 from qcompiler.passes.solve.gptq import Gptq
-from qcompiler.passes.solve.gptvq import Gptvq
+from qcompiler.passes.solve.gptvq import Gptvq, whole_codebooks
 from qcompiler.passes.solve.round_to_nearest import RoundToNearest
 from qcompiler.passes.transform.awq import Awq
 from qcompiler.pipeline.manager import PassManager
@@ -104,6 +106,28 @@ def test_guided_without_weights_of_tokens_is_refused():
         Gptvq(guided=True).run(model.graph, context_of(model, VQ2))
     with pytest.raises(ValueError, match="guided and asymmetric do not go together"):
         Gptvq(guided=True, asymmetric=True)
+
+
+@pytest.mark.parametrize(
+    ("label", "n", "parts"),
+    [("vq2d16-b16x128-g128", 256, 4), ("vq4d256-b128x256-row", 256, 2), ("vq4d256-b128x256-row", 128, 1),
+     ("vq1d8-ballxall-g64", 256, 1), ("vq2d16-b16x128-g128", 250, 1)],
+)  # fmt: skip
+def test_no_codebook_belongs_to_two_guided_parts(label: str, n: int, parts: int):
+    hessians = torch.arange(4.0)[:, None, None].expand(4, 3, 3)
+    merged = whole_codebooks(hessians, n, VqFormat.parse(label), fixed=False)
+    assert merged[:, 0, 0].tolist() == {4: [0, 1, 2, 3], 2: [0.5, 2.5], 1: [1.5]}[parts]
+    assert len(whole_codebooks(hessians, 256, VqFormat.parse(label), fixed=True)) == 4
+
+
+def test_guided_layers_of_few_rows_are_solved():
+    model = analysed("llama")
+    context = context_of(model, {"vq": "vq4d256-b128x256-row"}, samples=6, length=16)
+    chosen = Select(name="*.0.self_attn.*")
+    Guide(select=chosen).run(model.graph, context)
+    report = Gptvq(**QUICK, guided=True, select=chosen).run(model.graph, context)
+    assert {layer["guided_parts"] for layer in report.layers.values()} <= {1, 2} and not report.fallbacks
+    assert all(layer["error_after"] < layer["error_before"] for layer in report.layers.values())
 
 
 @pytest.mark.parametrize(
