@@ -1,12 +1,17 @@
 // Rows of a packed matrix, decoded to fp32. S * (q - Z) has at most 19 significant bits, so that one multiplication is
 // exact and the same on every ISA; the work is one gathered dword for every four columns, so there is one version.
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "linear.h"
 #include "vq_layout.h"
 
 namespace qc {
 namespace {
+
+// One NaN for all ISAs: the sign of infinity times 0 is not portable.
+float with_one_nan(float value) { return std::isnan(value) ? std::numeric_limits<float>::quiet_NaN() : value; }
 
 void decode_row(const Matrix& w, int64_t index, float* y) {
   const int64_t tile = index / kTileRows;
@@ -38,7 +43,7 @@ void decode_row(const Matrix& w, int64_t index, float* y) {
       }
     }
     const int64_t count = std::min(columns, w.k - first);
-    for (int64_t c = 0; c < count; ++c) y[first + c] = scale * float(levels[c] - zero);
+    for (int64_t c = 0; c < count; ++c) y[first + c] = with_one_nan(scale * float(levels[c] - zero));
   }
 }
 
@@ -60,7 +65,7 @@ void decode_vq_row(const Matrix& w, int64_t index, float* y) {
       for (int i = 0; i < 4; ++i) {
         const int entry = vq_index(unit + i, dim, centroids, block);
         for (int64_t k = first + i, j = 0; j < dim && k < end; ++j, k += 4) {
-          y[k] = factor * float(book.entries[j * centroids + entry]);
+          y[k] = with_one_nan(factor * float(book.entries[j * centroids + entry]));
         }
       }
     }
