@@ -69,7 +69,7 @@ def _no_codebooks(site: Site, scheme: VqScheme) -> str | None:
     vectors = min(n, format.block_rows or n) * -(-min(k, format.block_columns or k) // format.dim)
     if scheme.fixed is None and vectors < format.centroids:
         return f"{vectors} vectors of {format.dim} weights in a block are too few for a codebook of {format.centroids}"
-    # Padding is the same waste in every packed format: what the codebooks themselves cost is the question.
+    # As stored, padding of tiles included on both sides.
     bits = 8 * (sum(packed_bytes_of(n, k, format).values())) / (n * k)
     other = 8 * (sum(packed_bytes_of(n, k, scheme.fallback.weight_format).values())) / (n * k)
     return f"{n} x {k} weights would take {bits:.2f} bits each with codebooks, {other:.2f} without" if bits > other else None

@@ -47,13 +47,10 @@ def pack(solution: Solution) -> dict[str, torch.Tensor]:
 
 
 def _pack_vq(solution: VqWeight) -> dict[str, torch.Tensor]:
-    format = solution.format
-    packed = {
-        "codes": vq_layout.pack_indices(solution.indices.numpy(), solution.columns, format),
-        "codebooks": vq_layout.pack_codebooks(solution.codebooks.numpy()),
-        "codebook_scales": solution.codebook_scales.numpy(),
-        "scales": layout.pack_scales(solution.scales.numpy()),
-    }
+    packed = vq_layout.pack(
+        solution.indices.numpy(), solution.codebooks.numpy(), solution.codebook_scales.numpy(), solution.scales.numpy(),
+        solution.columns, solution.format,
+    )  # fmt: skip
     return {name: torch.from_numpy(array) for name, array in packed.items()}
 
 

@@ -13,7 +13,7 @@ from qcompiler.numerics import affine
 from qcompiler.numerics.gptvq import GptvqOptions, gptvq
 from qcompiler.numerics.vq import VqWeight
 from qcompiler.passes.solve.guided import GuidedMoments, check_guides, guided_bytes
-from qcompiler.passes.solve.moments import Moments, energy
+from qcompiler.passes.solve.moments import Moments, energy, warn_of_few_tokens
 from qcompiler.passes.solve.selection import unsolved
 from qcompiler.passes.solve.weights import fixed_table, quantizable_weight
 from qcompiler.pipeline.passes import Pass, Report
@@ -86,20 +86,8 @@ class Gptvq(Pass):
         report.skipped += skipped
         report.notes["samples"] = len(sweep.samples)
         report.notes["segments"] = len(sweep.stretches)
-        self._warn_of_few_tokens(sites, context, report)
+        warn_of_few_tokens(self.name, sites, context, report)
         return report
-
-    def _warn_of_few_tokens(self, sites: list[Site], context: Context, report: Report) -> None:
-        """With fewer tokens than inputs H has no full rank: some errors cost nothing, and the weights go there."""
-        few = {site.name: site.shape[1] for site in sites if report.layers[site.name].get("tokens", 0) < site.shape[1]}
-        if few:
-            name, k = max(few.items(), key=lambda item: item[1])
-            context.reporter.warning(
-                f"{self.name}: {len(few)} layers have more inputs than they met calibration tokens ({name}: {k} inputs, "
-                f"{report.layers[name].get('tokens', 0)} tokens): their weights fit the samples more than the text; give more "
-                "samples"
-            )
-        report.notes["layers_with_few_tokens"] = list(few)
 
     def _statistics_bytes(self, group: Group, context: Context) -> int:
         if self.guided:

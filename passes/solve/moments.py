@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 
 from qcompiler.sweep.reducers import Cross, Hessian
+
+if TYPE_CHECKING:
+    from qcompiler.graph.graph import Site
+    from qcompiler.pipeline.context import Context
+    from qcompiler.pipeline.passes import Report
 
 ROWS = 1024
 
@@ -39,3 +47,15 @@ class Moments:
 def energy(weight: torch.Tensor, hessian: torch.Tensor) -> float:
     """tr(W H Wᵀ), some rows at a time."""
     return sum(float(((rows @ hessian) * rows).sum(dtype=torch.float64)) for rows in weight.split(ROWS))
+
+
+def warn_of_few_tokens(step: str, sites: Sequence[Site], context: Context, report: Report) -> None:
+    """With fewer tokens than inputs H has no full rank: some errors cost nothing, and the weights go there."""
+    few = {site.name: site.shape[1] for site in sites if report.layers[site.name].get("tokens", 0) < site.shape[1]}
+    if few:
+        name, k = max(few.items(), key=lambda item: item[1])
+        context.reporter.warning(
+            f"{step}: {len(few)} layers have more inputs than they met calibration tokens ({name}: {k} inputs, "
+            f"{report.layers[name].get('tokens', 0)} tokens): their weights fit the samples more than the text; give more samples"
+        )
+    report.notes["layers_with_few_tokens"] = list(few)
