@@ -1,4 +1,4 @@
-"""Tune scales, codebooks and gains of the whole quantized model until it gives what the float model gives. Codes stay.
+"""Tune scales, codebooks and gains of the whole quantized model until it gives what the float model gives.
 
 model(tokens; S · (q − Z), S · c · C[index], g)  ─▶  the same with S', c', C', g':  KL(float ‖ quantized) small
 """
@@ -17,6 +17,7 @@ from qcompiler.numerics.tuned import Tuned, TunedAffine, TunedVq
 from qcompiler.numerics.vq import VqWeight
 from qcompiler.passes.analyse.gains import gains
 from qcompiler.passes.solve.twins import Twins
+from qcompiler.passes.solve.weights import quantizable_weight
 from qcompiler.pipeline.passes import Pass, Report, Skip
 from qcompiler.recipe.schema import Select
 
@@ -39,6 +40,8 @@ class DistillEndToEnd(Pass):
         batch: windows a step.
         scale_rate: largest relative step of a scale.
         codebook_rate: largest step of a codebook's entry, in int8 steps; 0 leaves codebooks as they are.
+        code_rate: largest step of an affine site's code before it is rounded, in codes (LLM-QAT, arXiv 2305.17888: latent
+            weights behind straight-through rounding); 0 leaves codes as they are. Indices into codebooks always stay.
         gain_rate: largest step of a norm's weight, relative to their root mean square; 0 leaves norms as they are.
         warm_up: share of the steps in which rates rise; then they fall to zero along a cosine.
         hold_out: share of the calibration windows that no step sees and that decide.
@@ -56,6 +59,7 @@ class DistillEndToEnd(Pass):
     batch: int = 4
     scale_rate: float = 0.004
     codebook_rate: float = 0.5
+    code_rate: float = 0.0
     gain_rate: float = 0.002
     warm_up: float = 0.05
     hold_out: float = 0.125
@@ -68,7 +72,7 @@ class DistillEndToEnd(Pass):
         for name in ("steps", "batch", "checks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        for name in ("scale_rate", "codebook_rate", "gain_rate"):
+        for name in ("scale_rate", "codebook_rate", "code_rate", "gain_rate"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a step of 0 or more")
         for name, low in (("hold_out", 0), ("warm_up", -1)):
@@ -81,7 +85,7 @@ class DistillEndToEnd(Pass):
         report.matched = len(sites)
         if not sites:
             return report
-        matrices = {site.name: self._matrix(site, context) for site in sites}
+        matrices = {site.name: self._matrix(site, graph, context) for site in sites}
         names = gains(graph) if self.gain_rate else []
         norms = {name: graph.constant(name).clone().requires_grad_() for name in names}
         twins = Twins(graph, context, matrices, norms, self.name)
@@ -127,11 +131,11 @@ class DistillEndToEnd(Pass):
             report.skipped.append(Skip(site.name, reason))
         return reason is None
 
-    def _matrix(self, site: Site, context: Context) -> Tuned:
+    def _matrix(self, site: Site, graph: Graph, context: Context) -> Tuned:
         solution, scheme = context.solutions[site.name], context.schemes[site.name]
         if isinstance(solution, VqWeight):
             return TunedVq(solution, fixed=self.codebook_rate == 0 or getattr(scheme, "fixed", None) is not None)
-        return TunedAffine(solution)
+        return TunedAffine(solution, quantizable_weight(graph, context, site) if self.code_rate else None)
 
     def _descend(self, twins: Twins, train: list[int], judge: list[int], context: Context) -> int:
         """Leave the parameters at the best of the states looked at; returns its step, 0 for where they began."""
@@ -166,7 +170,10 @@ class DistillEndToEnd(Pass):
         return best_step
 
     def _rates(self, twins: Twins) -> list[dict[str, Any]]:
-        rates = {"scales": self.scale_rate, "codebook_scales": self.scale_rate, "codebooks": self.codebook_rate}
+        rates = {
+            "scales": self.scale_rate, "codes": self.code_rate,
+            "codebook_scales": self.scale_rate, "codebooks": self.codebook_rate,
+        }  # fmt: skip
         groups = [
             {"params": [p], "lr": rates[kind]} for matrix in twins.matrices.values() for kind, p in matrix.parameters.items()
         ]

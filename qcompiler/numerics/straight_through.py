@@ -6,12 +6,18 @@ import torch
 from torch.nn import functional
 
 from qcompiler.numerics.affine import AffineWeight
-from qcompiler.ops.formats import ACTIVATION_BLOCK, Activation
+from qcompiler.ops.formats import ACTIVATION_BLOCK, Activation, AffineFormat
 
 
 def round_through(x: torch.Tensor) -> torch.Tensor:
     """Round half to even; the gradient is 1."""
     return x + (torch.round(x) - x).detach()
+
+
+def latent_range(format: AffineFormat) -> tuple[int, int]:
+    """The least and the largest code that a latent weight is rounded to: −128 is left out where codes are symmetric."""
+    low, high = format.code_range
+    return (-127, high) if format.bits == 8 and format.symmetric else (low, high)
 
 
 def fake_activations(x: torch.Tensor, activation: Activation, static: tuple[float, int] | None = None) -> torch.Tensor:
@@ -67,21 +73,17 @@ class FakeLinear:
         codes = solution.codes.float() - self._centre
         # Just inside the cell: a solver may have chosen another code than the nearest.
         start = torch.clamp(weight / scale, codes - 0.499, codes + 0.499)
-        low, high = self._range()
+        low, high = latent_range(solution.format)
         saturated = (codes <= low - self._centre) | (codes >= high - self._centre)
         self.latent = torch.where(saturated, codes, start).mul_(scale).requires_grad_()
         self.log_scale = torch.zeros_like(self._scales).requires_grad_()
-
-    def _range(self) -> tuple[int, int]:
-        low, high = self._solution.format.code_range
-        return (-127, high) if self._solution.format.bits == 8 and self._solution.format.symmetric else (low, high)
 
     def step_size(self) -> float:
         """The median magnitude of a scale: a weight that moves this far changes its code."""
         return float(self._scales.abs().median())
 
     def _levels(self, scale: torch.Tensor) -> torch.Tensor:
-        low, high = self._range()
+        low, high = latent_range(self._solution.format)
         return (round_through(self.latent / scale) + self._centre).clamp(low, high) - self._centre
 
     def weight(self) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""Quantized matrices whose codes stay and whose scales and codebooks are tuned by gradients.
+"""Quantized matrices whose scales and codebooks, and codes if that is asked for, are tuned by gradients.
 
-    affine   W̃ = S' · (q − Z)                    S' = fp16(S · exp θ)
+    affine   W̃ = S' · (q' − Z)                   S' = fp16(S · exp θ), q' = q or round(L)
     vector   W̃ = S' · c' · round(C')[index]      c' = fp16(c · exp φ)
 
 The forward value is that of the stored form, rounding counts as the identity (straight-through estimator). A product keeps its
@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from qcompiler.numerics.affine import AffineWeight
-from qcompiler.numerics.straight_through import fake_activations
+from qcompiler.numerics.straight_through import fake_activations, latent_range
 from qcompiler.numerics.vq import VqWeight
 from qcompiler.ops.formats import Activation
 
@@ -28,7 +28,8 @@ class Tuned(Protocol):
     """A matrix `[n, k]` with parameters.
 
     Attributes:
-        parameters: by kind: `scales` (relative, θ), `codebook_scales` (relative, φ), `codebooks` (in int8 steps, C').
+        parameters: by kind: `scales` (relative, θ), `codes` (in codes, L), `codebook_scales` (relative, φ), `codebooks` (in int8
+            steps, C').
     """
 
     parameters: dict[str, torch.Tensor]
@@ -44,21 +45,56 @@ class Tuned(Protocol):
 
 
 class TunedAffine:
-    """An affine matrix, its scales tuned. `parameters["scales"]` is θ `[n, groups]`."""
+    """An affine matrix, its scales tuned. `parameters["scales"]` is θ `[n, groups]`.
 
-    def __init__(self, solution: AffineWeight):
+    Args:
+        solution: where to start.
+        weight: float32 `[n, k]`; if given, codes are tuned too, in the manner of quantization-aware training:
+            `parameters["codes"]` is L `[n, k]`, in codes, and begins where the weight lies in the cell of its code.
+    """
+
+    def __init__(self, solution: AffineWeight, weight: torch.Tensor | None = None):
         self._held = solution
         self.parameters = {"scales": torch.zeros(solution.scales.shape).requires_grad_()}
+        if weight is None:
+            return
+        self._low, self._high = latent_range(solution.format)
+        at = weight / self._spread(solution.scales.float()) + self._centre()
+        codes = solution.codes.float()
+        # Just inside the cell: a solver may have chosen another code than the nearest.
+        inside = torch.where(at.isfinite(), at, codes).clamp(codes - 0.499, codes + 0.499)
+        self.parameters["codes"] = inside.clamp(self._low, self._high).requires_grad_()
 
     def solution(self) -> AffineWeight:
         held = self._held
-        return AffineWeight(held.codes, _scaled(held.scales, self.parameters["scales"]), held.zeros, held.format)
+        return AffineWeight(self._codes(), _scaled(held.scales, self.parameters["scales"]), held.zeros, held.format)
 
     def weight(self) -> torch.Tensor:
         return self.solution().dequantize()
 
     def gradients(self, gradient: torch.Tensor) -> list[torch.Tensor]:
-        return [group_sums(gradient.mul_(self.weight()), self._held.format.group)]
+        now = self.solution()
+        if "codes" not in self.parameters:
+            return [group_sums(gradient.mul_(now.dequantize()), now.format.group)]
+        latent = self.parameters["codes"].detach()
+        # What is clipped at an end of the range does not move beyond it.
+        to_codes = gradient * self._spread(now.scales.float()) * ((latent >= self._low) & (latent <= self._high))
+        return [group_sums(gradient.mul_(now.dequantize()), now.format.group), to_codes]
+
+    def _codes(self) -> torch.Tensor:
+        held = self._held.codes
+        if "codes" not in self.parameters:
+            return held
+        return self.parameters["codes"].detach().round().clamp(self._low, self._high).to(held.dtype)
+
+    def _centre(self) -> torch.Tensor | float:
+        zeros = self._held.zeros
+        return float(self._held.format.center) if zeros is None else self._spread(zeros.float())
+
+    def _spread(self, x: torch.Tensor) -> torch.Tensor:
+        """`[n, groups]` to `[n, k]`."""
+        k = self._held.codes.shape[1]
+        return x.repeat_interleave(self._held.format.group or k, dim=1)[:, :k]
 
 
 class TunedVq:

@@ -80,6 +80,31 @@ def test_gradients_of_affine_scales(bits: int, group: int, symmetric: bool):
     assert (found - theta.grad).norm() <= 1e-5 * theta.grad.norm()
 
 
+@pytest.mark.parametrize("bits,group,symmetric", [(4, 32, True), (2, 64, False), (8, 0, True)])
+def test_latent_codes_begin_at_the_solution_and_pass_gradients_through_rounding(bits: int, group: int, symmetric: bool):
+    generator = torch.Generator().manual_seed(bits)
+    weight = torch.randn(24, 200, generator=generator)
+    solution = affine.fit(weight, AffineFormat(bits, group, symmetric))
+    moved = AffineWeight(solution.codes.clone(), solution.scales, solution.zeros, solution.format)
+    moved.codes[:, ::7] = solution.codes[:, 3].unsqueeze(1)  # as a solver that does not round to the nearest
+    tuned = TunedAffine(moved, weight)
+    assert torch.equal(tuned.solution().codes, moved.codes) and torch.equal(tuned.weight(), moved.dequantize())
+    scale = solution.scales.float().repeat_interleave(group or 200, dim=1)[:, :200]
+    gradient = torch.randn(24, 200, generator=generator)
+    to_scales, to_codes = tuned.gradients(gradient.clone())
+    latent = tuned.parameters["codes"]
+    assert torch.allclose(to_codes, gradient * scale, rtol=1e-6)
+    assert torch.allclose(to_scales, group_sums(gradient * moved.dequantize(), group), rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        latent[0, 0], latent[0, 1] = 1e4, -1e4
+        latent[1, 0] += 1 if latent[1, 0] < 1 else -1
+    low, high = solution.format.code_range
+    low = -127 if bits == 8 else low
+    assert tuned.solution().codes[0, :2].tolist() == [high, low]
+    assert abs(int(tuned.solution().codes[1, 0]) - int(moved.codes[1, 0])) == 1
+    assert not tuned.gradients(torch.ones(24, 200))[1][0, :2].any()
+
+
 def test_what_is_stored_is_what_was_computed():
     tuned = TunedVq(_vq(*FORMATS[0]))
     generator = torch.Generator().manual_seed(5)

@@ -52,7 +52,7 @@ class Measured:
         return float(np.mean([row.mean() for row in self.klds]))
 
 
-SECTIONS = ("weights", "static", "distillation", "sensitivity", "vq", "ablations")
+SECTIONS = ("weights", "static", "distillation", "sensitivity", "vq", "ablations", "head")
 
 
 def variants(section: str, model: str) -> list[Variant]:
@@ -63,6 +63,8 @@ def variants(section: str, model: str) -> list[Variant]:
         return list(static_variants())
     if section == "vq":
         return list(accuracy_vq.vq_variants())
+    if section == "head":
+        return list(accuracy_vq.head_variants())
     if section == "ablations":
         return [variant for format in ("vq2", "vq3") for variant in accuracy_vq.ablation_variants(format)]
     return list(distillation_variants() if section == "distillation" else sensitivity_variants(model))

@@ -54,6 +54,15 @@ def ablation_variants(format: str) -> Iterator[Variant]:
     yield variant("all", {"guided": True}, before=[guide], after=[distil])
 
 
+def head_variants() -> Iterator[Variant]:
+    """Embedding and head alone, the body in float: what they are of the other rows."""
+    head = {**FOUR_BITS, "activations": ACTIVATIONS}
+    kept = {"linear": "float", "embed": FOUR_BITS, "head": head, "allow": {"min_coverage": 0}}
+    untied = {"round_to_nearest": {"kind": "embedding", "tied": False}}
+    yield Variant("head-rtn", {"name": "head-rtn", **kept, "passes": ["round_to_nearest"]}, False)
+    yield Variant("head-gptq", {"name": "head-gptq", **kept, "passes": [untied, {"gptq": {"head": True}}, "round_to_nearest"]})
+
+
 def vq_claims() -> Iterator[Claim]:
     """What is to hold at equal total bits per weight."""
     for size, better in (("2.25", "gptvq-vq2"), ("3.25", "gptvq-vq3"), ("4.25", "gptvq-vq4")):
