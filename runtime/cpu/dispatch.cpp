@@ -11,11 +11,11 @@ namespace {
 
 // Everything the first use decides; fixed buffers, so that nothing here can throw.
 struct Dispatch {
-  const Kernels* available[4] = {};
+  const Kernels* available[6] = {};  // what one architecture has
   int count = 0;
   const Kernels* chosen = nullptr;
   char requested[32] = "";
-  char names[64] = "";
+  char names[96] = "";
   char features[160] = "";
 
   void add(const Kernels& kernels, bool executable) {
@@ -43,6 +43,8 @@ struct Dispatch {
     const bool avx512vnni = avx2 && cpu.avx512f && cpu.avx512bw && cpu.avx512vl && cpu.avx512dq && cpu.avx512vnni;
     add(kAvx512VbmiKernels, avx512vnni && cpu.avx512vbmi);
     add(kAvx512VnniKernels, avx512vnni);
+    add(kAvxVnniKernels, avx2 && cpu.avxvnni);
+    add(kAvx512VlKernels, avx2 && cpu.avx512f && cpu.avx512vl && cpu.avx512vnni);
     add(kAvx2Kernels, avx2);
 #endif
 #if defined(QC_HAVE_NEON_KERNELS)

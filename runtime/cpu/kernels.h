@@ -92,6 +92,8 @@ void vq_float(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_
 extern const Kernels kGenericKernels;
 #if defined(QC_HAVE_X86_KERNELS)
 extern const Kernels kAvx2Kernels;
+extern const Kernels kAvxVnniKernels;
+extern const Kernels kAvx512VlKernels;
 extern const Kernels kAvx512VnniKernels;
 extern const Kernels kAvx512VbmiKernels;
 #endif

@@ -101,7 +101,7 @@ QC_EXPORT int32_t qc_abi_version(void);
 QC_EXPORT int32_t qc_layout_version(void);
 QC_EXPORT const char* qc_last_error(void);
 // Comma-separated: the CPU's features that matter here ("avx2,avx512f,avx512vnni,..."); the ISAs compiled in and
-// executable on this CPU, best first ("avx512vbmi,avx512vnni,avx2,generic"); and the one in use.
+// executable on this CPU, best first ("avx512vbmi,avx512vnni,avx512vl,avx2,generic"); and the one in use.
 QC_EXPORT const char* qc_cpu_features(void);
 QC_EXPORT const char* qc_isas(void);
 QC_EXPORT const char* qc_isa(void);

@@ -21,7 +21,7 @@ namespace {
 #if defined(__aarch64__)
 constexpr int kKnownIsas = 3;
 #elif defined(__x86_64__)
-constexpr int kKnownIsas = 4;
+constexpr int kKnownIsas = 6;
 #else
 constexpr int kKnownIsas = 1;
 #endif

@@ -25,7 +25,7 @@ struct Halves {
     Halves out;
     for (int h = 0; h < H; ++h) {
       out.v[h] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32 * h));
-      __asm__("" : "+x"(out.v[h]));
+      __asm__("" : "+v"(out.v[h]));
     }
     return out;
   }
@@ -37,6 +37,12 @@ struct Halves {
   QC_INLINE Halves masked(int byte) const {
     Halves out;
     for (int h = 0; h < H; ++h) out.v[h] = _mm256_and_si256(v[h], _mm256_set1_epi8(char(byte)));
+    return out;
+  }
+  // Signed bytes to unsigned ones that are biased by 128.
+  QC_INLINE Halves flipped() const {
+    Halves out;
+    for (int h = 0; h < H; ++h) out.v[h] = _mm256_xor_si256(v[h], _mm256_set1_epi8(char(0x80)));
     return out;
   }
   QC_INLINE Halves operator|(const Halves& other) const {

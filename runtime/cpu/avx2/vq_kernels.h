@@ -1,7 +1,8 @@
 // The linear op on vector-quantized matrices with AVX2. vpshufb looks indices up in 16 entries, which both halves of a register
 // repeat, and gives 0 where bit 7 of the index is set. More entries take several look-ups whose results are XORed: with
 // T1, T2, ... the parts of 16 entries, T0[i] ^ (T0 ^ T1)[i - 16] ^ (T1 ^ T2)[i - 32] ^ ... is the entry, as all terms whose index
-// is below 0 vanish. A decoder keeps the tables of one codebook; see avx512/vq_kernels.h, with entries as they are, signed.
+// is below 0 vanish. A decoder keeps the tables of one codebook; see avx512/vq_kernels.h. Its last argument tells how
+// entries come out: as they are, signed, or biased by 128.
 // Internal linkage throughout, see layout.h.
 #ifndef QCOMPILER_AVX2_VQ_KERNELS_H
 #define QCOMPILER_AVX2_VQ_KERNELS_H
@@ -52,6 +53,12 @@ struct TileBooks {
   QC_INLINE __m256 scale() const { return _mm256_cvtph_ps(_mm_set1_epi16(short(*scales))); }
 };
 
+// XORed to entries.
+enum Flip { kSigned = 0, kBiased = 0x80 };
+
+QC_INLINE __m256i flipped(__m256i entries, Flip flip) {
+  return flip ? _mm256_xor_si256(entries, _mm256_set1_epi8(char(flip))) : entries;
+}
 QC_INLINE __m256i repeat16(const int8_t* p) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -68,14 +75,14 @@ struct Pairs16 {
   static constexpr int kBits = 2;
   __m256i x, y;
 
-  QC_INLINE Pairs16(const int8_t* entries, int dim) {
+  QC_INLINE Pairs16(const int8_t* entries, int dim, Flip flip = kSigned) {
     if (dim == 2) {
-      x = repeat16(entries);
-      y = repeat16(entries + 16);
+      x = flipped(repeat16(entries), flip);
+      y = flipped(repeat16(entries + 16), flip);
     } else {
       int32_t word;
       std::memcpy(&word, entries, 4);
-      x = _mm256_set1_epi32(word);
+      x = flipped(_mm256_set1_epi32(word), flip);
       y = _mm256_shuffle_epi8(
           x, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3)));
     }
@@ -100,13 +107,13 @@ struct Single {
   static constexpr int kBits = Bits;
   __m256i table;
 
-  QC_INLINE Single(const int8_t* entries, int) {
+  QC_INLINE Single(const int8_t* entries, int, Flip flip = kSigned) {
     if (Bits == 4) {
-      table = repeat16(entries);
+      table = flipped(repeat16(entries), flip);
     } else {
       int64_t word;
       std::memcpy(&word, entries, 8);
-      table = _mm256_set1_epi64x(word);
+      table = flipped(_mm256_set1_epi64x(word), flip);
     }
   }
 
@@ -123,12 +130,13 @@ struct Tables {
   static constexpr int kParts = Centroids / 16, kChain = kParts < 8 ? kParts : 8;
   __m128i part[Dim][kParts];
 
-  QC_INLINE explicit Tables(const int8_t* entries) {
+  QC_INLINE Tables(const int8_t* entries, Flip flip) {
     for (int d = 0; d < Dim; ++d) {
       for (int q = 0; q < kParts; ++q) {
         const __m128i* own = reinterpret_cast<const __m128i*>(entries + Centroids * d + 16 * q);
         part[d][q] = _mm_loadu_si128(own);
-        if (q % kChain) part[d][q] = _mm_xor_si128(part[d][q], _mm_loadu_si128(own - 1));
+        // The first part is in every XOR once.
+        part[d][q] = _mm_xor_si128(part[d][q], q % kChain ? _mm_loadu_si128(own - 1) : _mm_set1_epi8(char(flip)));
       }
     }
   }
@@ -161,7 +169,7 @@ struct Pairs {
   static constexpr int kBits = Centroids == 32 ? 5 : 3;
   Tables<2, Centroids> tables;
 
-  QC_INLINE Pairs(const int8_t* entries, int) : tables(entries) {}
+  QC_INLINE Pairs(const int8_t* entries, int, Flip flip = kSigned) : tables(entries, flip) {}
 
   template <int H, class Use>
   QC_INLINE void pair(int m, const Halves<H>& index, Use&& use) const {
@@ -200,7 +208,7 @@ struct Vectors256 {
   static constexpr int kBits = 8 / Dim;
   Tables<Dim, 256> tables;
 
-  QC_INLINE Vectors256(const int8_t* entries, int) : tables(entries) {}
+  QC_INLINE Vectors256(const int8_t* entries, int, Flip flip = kSigned) : tables(entries, flip) {}
 
   template <int H, class Use>
   QC_INLINE void each(const uint8_t* p, bool, Use&& use) const {

@@ -1,0 +1,13 @@
+#include "../linear_int8.h"
+
+namespace qc {
+namespace avx512vl {
+
+const int kInt8BlockRows[] = {1, 2, 4, 8, 0};
+
+void linear_int8(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end) {
+  each_tile(job, tile_function(job), tile_begin, tile_end, block_begin, block_end);
+}
+
+}  // namespace avx512vl
+}  // namespace qc

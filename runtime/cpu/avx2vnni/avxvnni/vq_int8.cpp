@@ -1,0 +1,11 @@
+#include "../vq_int8.h"
+
+namespace qc {
+namespace avxvnni {
+
+void vq_int8(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end) {
+  each_tile(job, tile_function(job), tile_begin, tile_end, block_begin, block_end);
+}
+
+}  // namespace avxvnni
+}  // namespace qc
