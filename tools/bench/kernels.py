@@ -1,0 +1,231 @@
+"""Speed of matmul kernels in one interleaved run: ours in every format, the machine's limits, other programs' kernels.
+
+    ./tools/bench/kernels --json kernels.json --csv kernels.csv
+    ./tools/bench/kernels --formats int4-g32,vq2 --peers none --rows 1 --threads 2 --rounds 3
+    ./tools/bench/kernels --resident --isas all
+
+A walk multiplies the same activations with many matrices in turn, `--megabytes` of weights in every format, so that none is in
+the cache when its turn comes; `--resident` takes few small matrices that stay there. A round gives every side a slice of time,
+in random order. Ratios and shares of the limits are within a round; medians and quartiles are over rounds: only they mean
+anything on a machine that others use too. docs/kernel_benchmarks.md says what each side computes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from qcompiler.errors import QCompilerError, UsageError
+from qcompiler.ops.formats import Activation
+from qcompiler.report import tables
+from qcompiler.runtime import library
+from tools.bench import kernel_peers, kernels_report
+from tools.bench.kernels_limit import Limits
+from tools.bench.kernels_ours import FORMATS, Ours, Weights
+from tools.bench.kernels_side import TOLERANCE, Case, Opened, Side, Skipped
+
+PAUSE = 0.02  # seconds in which the other side's threads stop spinning
+DECODE_ROWS = 16  # more rows are a prefill: two matrices, however small, are enough for what computes
+PREFILL_MATRICES = 2
+LIMIT_SLICE = 0.03  # seconds of each read loop
+SIDES_A_LIMIT = 12  # sides for which the limits are measured once
+ACTIVATIONS = {"int8-block": Activation.INT8_BLOCK, "int8-token": Activation.INT8_TOKEN, "float": Activation.FLOAT}
+
+
+def options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", default=",".join(FORMATS), metavar="NAME,…", help="ours, or none [all]")
+    kinds, programs = ", ".join(ACTIVATIONS), ", ".join(kernel_peers.FAMILIES)
+    parser.add_argument("--activations", default="int8-block", metavar="NAME,…", help=f"of ours: {kinds} [int8-block]")
+    parser.add_argument("--isas", default="", metavar="NAME,…", help="of ours: all, or some that this CPU runs [the one in use]")
+    parser.add_argument("--peers", default="all", metavar="NAME,…", help=f"none, all, some sides, or some of {programs} [all]")
+    parser.add_argument("--rows", default="1,4,128,512", metavar="N,…", help="of the activations [1,4,128,512]")
+    parser.add_argument("--threads", default="1,2", metavar="N,…", help="[1,2]")
+    parser.add_argument("--shape", metavar="NxK", help="outputs x inputs of a matrix [4096x4096; resident: 1024x1024]")
+    parser.add_argument("--megabytes", type=float, metavar="N", help="of weights that a walk reads [256; resident: 4]")
+    parser.add_argument("--resident", action="store_true", help="few small matrices that stay in the cache")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="[7]")
+    parser.add_argument("--slice", type=float, default=0.15, metavar="S", help="seconds of a side in a round [0.15]")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the order [0]")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="where the weights' file lies while it runs [temporary]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go too")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="where the table goes too, a line a side")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    chosen = options(arguments)
+    try:
+        results = run(chosen)
+    except QCompilerError as error:
+        print(f"kernels: {error}", file=sys.stderr)
+        return error.exit_code
+    document = kernels_report.document(results, sys.argv[1:] if arguments is None else arguments)
+    if chosen.json:
+        chosen.json.write_text(document.to_json() + "\n")
+    if chosen.csv:
+        kernels_report.write_csv(results, chosen.csv)
+    tables.show(document)
+    return 0
+
+
+def run(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Everything measured: a list of settings (threads and rows), each with its limits and sides, and what was skipped."""
+    n, k = _shape(chosen.shape or ("1024x1024" if chosen.resident else "4096x4096"))
+    megabytes = chosen.megabytes if chosen.megabytes is not None else 4 if chosen.resident else 256
+    formats = _chosen("format", chosen.formats, FORMATS)
+    rows, threads = (_numbers(name, getattr(chosen, name)) for name in ("rows", "threads"))
+    if chosen.rounds < 1:
+        raise UsageError(f"--rounds is {chosen.rounds}, expected at least 1")
+    peers = kernel_peers.sides(chosen.peers)
+    first = Case(n, k, rows[0], threads[0], int(1e6 * megabytes))
+    _tell(f"weights: a file for {len(formats)} formats, matrices of {n} x {k}")
+    weights = Weights(first, [FORMATS[name] for name in formats] or [FORMATS["int8"]], chosen.work)
+    sides: list[Side] = [
+        Ours(name, weights, activation, isa)
+        for name in formats
+        for activation in (ACTIVATIONS[a] for a in _chosen("kind of activations", chosen.activations, ACTIVATIONS))
+        for isa in _isas(chosen.isas)
+    ]
+    if not sides and not peers:
+        raise UsageError("nothing to measure: --formats and --peers are both none")
+    order, settings = random.Random(chosen.seed), []
+    skipped: dict[str, str] = {}
+    for count in threads:
+        limits = Limits(weights.address, max(64, weights.codes_bytes), count)
+        for row in rows:
+            case = Case(n, k, row, count, first.weight_bytes, PREFILL_MATRICES if row > DECODE_ROWS else None)
+            settings.append(_setting(case, [*sides, *peers], limits, order, skipped, chosen))
+    return {
+        "shape": [n, k], "megabytes": megabytes, "resident": chosen.resident, "rounds": chosen.rounds, "slice": chosen.slice,
+        "skipped": skipped, "settings": settings,
+    }  # fmt: skip
+
+
+# ---- measuring
+
+
+def _setting(
+    case: Case, sides: list[Side], limits: Limits, order: random.Random, skipped: dict[str, str], chosen: argparse.Namespace
+) -> dict[str, Any]:
+    """One number of threads and of rows: all sides opened and checked, then measured in rounds."""
+    title = f"{case.threads} thread{'s' * (case.threads > 1)}, {case.rows} row{'s' * (case.rows > 1)}"
+    opened: dict[str, Opened] = {}
+    errors: dict[str, float] = {}
+    families: dict[str, str] = {}
+    try:
+        for side in sides:
+            if side.name in skipped:
+                continue
+            _tell(f"{title}: {side.name}")
+            try:
+                ready = side.open(case)
+            except Skipped as reason:
+                skipped[side.name] = str(reason)
+                _tell(f"  skipped: {reason}")
+                continue
+            opened[side.name], families[side.name] = ready, side.family
+            errors[side.name] = ready.error()
+            if not errors[side.name] <= TOLERANCE:
+                off = f"its product is off by {errors[side.name]:.2g} of the float product of its own weights"
+                skipped[side.name] = f"{off}, expected at most {TOLERANCE}"
+                _tell(f"  skipped: {skipped[side.name]}")
+                opened.pop(side.name).close()
+        rounds = []
+        for index in range(chosen.rounds + 1):
+            _tell(f"{title}: round {index} of {chosen.rounds}")
+            rounds.append(_round(opened, limits, order, 0 if index == 0 else chosen.slice, case.rows <= DECODE_ROWS))
+        del rounds[0]  # pages come into memory, clocks go up
+        found = {
+            name: {
+                "family": families[name], "matrices": ready.matrices, "matrix_bytes": ready.matrix_bytes, "error": errors[name],
+                "walks": [r["sides"][name] for r in rounds],
+            }
+            for name, ready in opened.items()
+        }  # fmt: skip
+    finally:
+        for ready in opened.values():
+            ready.close()
+    return kernels_report.setting(case, found, [r["read"] for r in rounds], [r["dot"] for r in rounds], limits.dot)
+
+
+def _round(opened: dict[str, Opened], limits: Limits, order: random.Random, seconds: float, warm: bool) -> dict[str, Any]:
+    """Walks a second of every side, bytes a second of every read loop, int8 operations a second."""
+    walks: dict[str, float] = {}
+    reads = limits.reads()
+    read: dict[str, list[float]] = {loop: [] for loop in reads}
+    operations, dot = limits.compute(), []
+    # The limits stand among the sides, often enough that a machine which slows down slows both.
+    stops = [None] * (1 + len(opened) // SIDES_A_LIMIT)
+    for what in order.sample([*opened, *stops], len(opened) + len(stops)):
+        time.sleep(PAUSE)
+        if what is not None:
+            walks[what] = _rate(opened[what].walk, seconds, warm)
+            continue
+        for loop in order.sample(list(reads), len(reads)):
+            read[loop].append(limits.size * _rate(reads[loop], min(seconds, LIMIT_SLICE), warm=True))
+        dot.append(operations * _rate(limits.compute, min(seconds, LIMIT_SLICE), warm=True))
+    return {"sides": walks, "read": {loop: fmean(rates) for loop, rates in read.items()}, "dot": fmean(dot)}
+
+
+def _rate(act: Callable[[], Any], seconds: float, warm: bool) -> float:
+    """Times a second, over at least `seconds` and one time; `warm`: after one that does not count."""
+    if warm:
+        act()
+    times, start = 0, time.perf_counter()
+    while True:
+        act()
+        times += 1
+        spent = time.perf_counter() - start
+        if spent >= seconds:
+            return times / spent
+
+
+# ---- what is asked for
+
+
+def _chosen(what: str, text: str, known: dict[str, Any]) -> list[str]:
+    names = [] if text == "none" else text.split(",")
+    for name in names:
+        if name not in known:
+            raise UsageError(f"unknown {what} {name!r}; known: {', '.join(known)}")
+    return list(dict.fromkeys(names))
+
+
+def _isas(text: str) -> list[str | None]:
+    if not text:
+        return [None]
+    return list(library.isas()) if text == "all" else list(_chosen("instruction set", text, dict.fromkeys(library.isas())))
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = [0]
+    if min(values) < 1:
+        raise UsageError(f"--{name} is {text!r}, expected numbers from 1 up with commas between them")
+    return values
+
+
+def _shape(text: str) -> tuple[int, int]:
+    sides = _numbers("shape", text.replace("x", ","))
+    if len(sides) != 2:
+        raise UsageError(f"--shape is {text!r}, expected two numbers as 4096x4096")
+    return sides[0], sides[1]
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads of other programs do not spin into the next side's time
+    sys.exit(main())
