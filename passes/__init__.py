@@ -57,8 +57,11 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def pipeline(recipe: Recipe) -> tuple[list[Pass], list[Pass]]:
-    """Every pass of a compile, in order: those that leave the graph in float, and those that rewrite it."""
+def pipeline(recipe: Recipe, fuse: bool = True) -> tuple[list[Pass], list[Pass]]:
+    """Every pass of a compile, in order: those that leave the graph in float, and those that rewrite it.
+
+    `fuse`: whether the target has ops for what the fusions make; a recipe may leave them out as well.
+    """
     from qcompiler.passes.analyse.assign_formats import AssignFormats
     from qcompiler.passes.analyse.find_groups import FindGroups
     from qcompiler.passes.analyse.find_roles import FindRoles
@@ -68,11 +71,13 @@ def pipeline(recipe: Recipe) -> tuple[list[Pass], list[Pass]]:
     from qcompiler.passes.normalise.normalise_linear import NormaliseLinear
     from qcompiler.passes.normalise.strip_guards import StripGuards
     from qcompiler.passes.normalise.widen_bfloat16 import WidenBfloat16
+    from qcompiler.passes.rewrite.fuse_linears import FuseLinears
     from qcompiler.passes.rewrite.quantize_sites import QuantizeSites
 
     normalise = [StripGuards(), NormaliseLinear(), NormaliseExperts(), NormaliseEmbedding(), WidenBfloat16()]
     analyse = [FindSites(), FindGroups(), FindRoles(), AssignFormats()]
-    return [*normalise, *analyse, *recipe.passes], [QuantizeSites()]
+    fusions = [FuseLinears()] if fuse and recipe.fuse else []
+    return [*normalise, *analyse, *recipe.passes], [QuantizeSites(), *fusions]
 
 
 __all__ = ["RECIPE_PASSES", "pipeline"]

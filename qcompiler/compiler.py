@@ -105,6 +105,7 @@ def compile(
     chosen = _calibrated(chosen, samples, length, seed)
     loaded, prepared, quantizer = _prepare(model, chosen, text, reporter, example, dynamic_shapes)
     quantizer.trace_timings = not reproducible
+    quantizer.fuse = target != "onnx-stock"
     with writer, Workspace(writer.target, resume) as workspace:
         quantizer.memory, quantizer.scratch = memory, workspace.scratch
         quantizer.store = SolvedStore(workspace.solved)

@@ -69,6 +69,7 @@ class Quantizer(ExportQuantizer):
         self.memory: int | None = None  # bytes that calibration may take; None for no bound
         self.store: SolvedStore | None = None  # solved sites, for resuming
         self.trace_timings = True
+        self.fuse = True  # False for a target whose ops are one for every layer
         self.trace = Trace()
         self.graph: Graph | None = None
         self.context: Context | None = None
@@ -94,7 +95,7 @@ class Quantizer(ExportQuantizer):
         context.solutions.folder = self.scratch
         manager = PassManager(self.trace, self.verify_each)
         manager.capture(graph)
-        before, after = pipeline(self.recipe)
+        before, after = pipeline(self.recipe, self.fuse)
         manager.run(graph, context, before)
         self._check_coverage()
         self._probe(graph, context, manager)

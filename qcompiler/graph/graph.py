@@ -31,7 +31,7 @@ class Site:
         name: module path of the weight's owner, e.g. `model.layers.0.self_attn.q_proj`; unique in the graph.
         kind: `linear` for `aten.linear(x, W, b)` with W `[n, k]`; `embedding` for `aten.embedding(W, ids)`; `experts` for
             `experts_linear(x, expert, W, b)` with W `[experts, n, k]`.
-        node: the call in the FX graph.
+        node: the call in the FX graph; after `fuse_linears` that which computes several sites.
         weight: name of the weight attribute on the GraphModule (dotted), or None where it is not one constant.
         bias: likewise, or None.
         shape: `(n, k)`, outputs by inputs (rows by width for an embedding).

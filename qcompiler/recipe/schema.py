@@ -258,6 +258,7 @@ class Recipe:
         calibration: see `Calibration`.
         allow: see `Allow`.
         strict_groups: make a short last group an error.
+        fuse: one op for layers that read the same value, where the target has such ops; the numbers are the same.
     """
 
     name: str
@@ -271,6 +272,7 @@ class Recipe:
     calibration: Calibration = Calibration()
     allow: Allow = Allow()
     strict_groups: bool = False
+    fuse: bool = True
     description: str = ""
 
     def scheme(self, name: str, kind: str, role: str | None, size: int) -> SchemeOrFloat:

@@ -21,7 +21,7 @@ def compiled(name: str, samples: list[torch.Tensor]):
     trace = Trace()
     manager = PassManager(trace, verify_each=True)
     manager.run(graph, context, recipe.passes)
-    manager.run(graph, context, pipeline(recipe)[1])
+    manager.run(graph, context, pipeline(recipe, fuse=False)[1])
     return graph, context, trace
 
 
