@@ -13,7 +13,6 @@ anything on a machine that others use too. docs/kernel_benchmarks.md says what e
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import sys
 import time
@@ -227,5 +226,4 @@ def _tell(text: str) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads of other programs do not spin into the next side's time
     sys.exit(main())

@@ -48,7 +48,7 @@ class Opened:
         close: gives memory back.
     """
 
-    walk: Callable[[], None]
+    walk: Callable[[], object]
     matrices: int
     matrix_bytes: int
     product: Callable[[], tuple[np.ndarray, np.ndarray]]
