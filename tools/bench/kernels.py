@@ -97,9 +97,9 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         raise UsageError("nothing to measure: --formats and --peers are both none")
     order, settings = random.Random(chosen.seed), []
     skipped: dict[str, str] = {}
-    for count in threads:
+    for count in dict.fromkeys(threads):
         limits = Limits(weights.address, max(64, weights.codes_bytes), count)
-        for row in rows:
+        for row in dict.fromkeys(rows):
             case = Case(n, k, row, count, first.weight_bytes, PREFILL_MATRICES if row > DECODE_ROWS else None)
             settings.append(_setting(case, [*sides, *peers], limits, order, skipped, chosen))
     return {
@@ -115,7 +115,7 @@ def _setting(
     case: Case, sides: list[Side], limits: Limits, order: random.Random, skipped: dict[str, str], chosen: argparse.Namespace
 ) -> dict[str, Any]:
     """One number of threads and of rows: all sides opened and checked, then measured in rounds."""
-    title = f"{case.threads} thread{'s' * (case.threads > 1)}, {case.rows} row{'s' * (case.rows > 1)}"
+    title = kernels_report.heading({"threads": case.threads, "rows": case.rows})
     opened: dict[str, Opened] = {}
     errors: dict[str, float] = {}
     families: dict[str, str] = {}
@@ -125,6 +125,8 @@ def _setting(
                 continue
             _tell(f"{title}: {side.name}")
             try:
+                if side.family != "ours":
+                    _need_memory(case)
                 ready = side.open(case)
             except Skipped as reason:
                 skipped[side.name] = str(reason)
@@ -185,6 +187,15 @@ def _rate(act: Callable[[], Any], seconds: float, warm: bool) -> float:
         spent = time.perf_counter() - start
         if spent >= seconds:
             return times / spent
+
+
+def _need_memory(case: Case) -> None:
+    """Peers hold weights of their own, and most a second copy while they repack."""
+    path, needed = Path("/proc/meminfo"), 4 * case.weight_bytes
+    text = path.read_text() if path.is_file() else ""
+    for line in text.splitlines():
+        if line.startswith("MemAvailable:") and 1024 * int(line.split()[1]) < needed:
+            raise Skipped(f"less than {needed / 1e9:.1f} GB of memory is free: name fewer peers, or fewer megabytes")
 
 
 # ---- what is asked for

@@ -13,7 +13,8 @@ from qcompiler.report.doctor import cpu_model
 from qcompiler.report.environment import environment
 from qcompiler.report.tables import Column, Document, Table, Text
 from qcompiler.runtime import library
-from tools.bench.decode import _git
+from tools.bench import kernels_goals as goals
+from tools.bench.artifacts import git
 from tools.bench.kernels_side import Case
 
 BASE = "int4-g32"  # of ours, which the ratios of formats are against
@@ -91,7 +92,7 @@ def written(found: dict[str, Any] | None, digits: int, factor: float = 1) -> str
 def document(results: dict[str, Any], command: list[str]) -> Document:
     machine = {"cpu": cpu_model(), "processors": os.cpu_count(), "load": os.getloadavg()[0], **environment()}
     data = {
-        "command": command, "commit": _git("rev-parse", "HEAD"), "changed": bool(_git("status", "--porcelain", "-uno")),
+        "command": command, "commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno")),
         "machine": machine, "library": str(library.library_path()), **results,
     }  # fmt: skip
     n, k = results["shape"]
@@ -102,13 +103,25 @@ def document(results: dict[str, Any], command: list[str]) -> Document:
         f"medians of {results['rounds']} interleaved rounds, quartiles in brackets",
         "ratios and shares: in the same round; ratios above 1: the row is faster, in weights a second",
     ]
-    lines += [f"skipped: {name}: {reason}" for name, reason in results["skipped"].items()]
-    return Document("bench-kernels", data, [Text("", lines), *(table(found) for found in results["settings"])])
+    lines += skipped_lines(results["skipped"])
+    blocks: list[Table | Text] = [Text("", lines)]
+    for found in results["settings"]:
+        blocks += [table(found), *peer_tables(found)]
+    # They are for weights that no cache holds.
+    return Document("bench-kernels", data, [*blocks, *([] if results["resident"] else goal_table(results["settings"]))])
+
+
+def skipped_lines(skipped: dict[str, str]) -> list[str]:
+    """One line a reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        names.setdefault(reason, []).append(name)
+    return [f"skipped: {', '.join(sides)}: {reason}" for reason, sides in names.items()]
 
 
 def table(found: dict[str, Any]) -> Table:
     """One row a side."""
-    decode, compute = found["rows"] <= 16, found["limits"]["compute"]
+    compute = found["limits"]["compute"]
     rows = [
         (
             name, f"{side['bits_per_weight']:.3f}", written(side["bytes_per_second"], 1, 1e-9), written(side[RATE], 1, 1e-9),
@@ -122,9 +135,38 @@ def table(found: dict[str, Any]) -> Table:
     limit = f"read {written(found['limits']['read']['bytes_per_second'], 1, 1e-9)} GB/s ({found['limits']['read']['loop']})"
     if compute:
         limit += f", compute {written(compute['operations_per_second'], 0, 1e-9)} GOP/s ({compute['instructions']})"
-    kind = "decode" if decode else "prefill"
-    title = f"{kind}: {found['threads']} threads, {found['rows']} rows; limits: {limit}"
-    return Table(title, (Column("side"), *(Column(name, right=True) for name in names)), rows)
+    return Table(f"{heading(found)}; limits: {limit}", (Column("side"), *(Column(name, right=True) for name in names)), rows)
+
+
+def heading(found: dict[str, Any]) -> str:
+    """`1 thread, 4 rows`."""
+    threads, rows = found["threads"], found["rows"]
+    return f"{threads} thread{'s' * (threads > 1)}, {rows} row{'s' * (rows > 1)}"
+
+
+def peer_tables(found: dict[str, Any]) -> list[Table]:
+    """Ratios of our sides to another program's, a table for each program."""
+    sides = found["sides"]
+    ours = [name for name, side in sides.items() if side["family"] == "ours"]
+    tables = []
+    for family in dict.fromkeys(side["family"] for side in sides.values() if side["family"] != "ours"):
+        others = [name for name, side in sides.items() if side["family"] == family]
+        columns = (Column("ours"), *(Column(f"/ {name}", right=True) for name in others))
+        rows = [(name, *(written(sides[name]["ratios"][other], 2) for other in others)) for name in ours]
+        if rows:
+            tables.append(Table(f"{heading(found)}: weights a second, ratios to {family}", columns, rows))
+    return tables
+
+
+def goal_table(settings: list[dict[str, Any]]) -> list[Table]:
+    """Goals that were measured; none where a run measured none."""
+    rows = []
+    for goal, threads, spread in goals.found(settings):
+        verdict = "yes" if spread["median"] >= goal.least else "NO"
+        rows.append((goal.text, threads, goal.rows, f"{goal.least:.2f}", written(spread, 2), verdict))
+    columns = (Column("goal"), *(Column(name, right=True) for name in ("threads", "rows", "at least", "found", "reached")))
+    reached = sum(row[-1] == "yes" for row in rows)
+    return [Table(f"goals: {reached} of {len(rows)} reached", columns, rows)] if rows else []
 
 
 def write_csv(results: dict[str, Any], path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from tools.bench.kernels_side import Case, Opened, Skipped
 # Numbers of enum ggml_type, which are part of its file format.
 TYPES = {"q4_0": 2, "q8_0": 8, "q2_k": 10, "q4_k": 12, "iq2_xxs": 16, "iq2_xs": 17, "iq3_xxs": 18, "iq3_s": 21}
 F32 = 0
+ERROR = 4  # of enum ggml_log_level
 
 _P, _I, _L, _Z = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
+_LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 _BASE: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_alloc_buffer": (_P, [_P, _Z]),
     "ggml_backend_buffer_free": (None, [_P]),
@@ -41,6 +44,7 @@ _BASE: dict[str, tuple[Any, list[Any]]] = {
     "ggml_free": (None, [_P]),
     "ggml_get_type_traits": (_P, [_I]),
     "ggml_graph_overhead": (_Z, []),
+    "ggml_log_set": (None, [_LOG, _P]),
     "ggml_mul_mat": (_P, [_P, _P, _P]),
     "ggml_nbytes": (_Z, [_P]),
     "ggml_new_graph": (_P, [_P]),
@@ -85,6 +89,8 @@ class Ggml:
                     raise Skipped(f"its ggml has no function {name}") from None
                 function.restype, function.argtypes = result, arguments
         self.base.ggml_init.restype, self.base.ggml_init.argtypes = _P, [_InitParams]
+        self._log = _LOG(_say)  # called as long as the library lives
+        self.base.ggml_log_set(self._log, None)
         register = self.cpu.ggml_backend_cpu_reg()
         self.device = self.base.ggml_backend_reg_dev_get(register, 0)
         extra = self.base.ggml_backend_reg_get_proc_address(register, b"ggml_backend_dev_get_extra_bufts")
@@ -95,6 +101,11 @@ class Ggml:
             self.buffer_types.append(kind)
         self.plain = self.base.ggml_backend_dev_buffer_type(self.device)
         self.buffer_types.append(self.plain)
+
+
+def _say(level: int, text: bytes, _: int | None) -> None:
+    if level == ERROR:
+        print(text.decode(errors="replace"), end="", file=sys.stderr)
 
 
 def _library(folder: Path, name: str) -> Path:

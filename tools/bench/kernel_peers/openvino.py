@@ -41,8 +41,8 @@ class OpenVino:
         def product() -> tuple[np.ndarray, np.ndarray]:
             if not np.isfinite(run(x)).all():
                 return run(x), np.ones_like(x)
-            some = self._dequantized(case)
-            return self._compiled(case, 1)(x)[:, : len(some)], x @ some.T
+            some, single = self._dequantized(case), self._compiled(case, 1)
+            return single(x)[:, : len(some)].copy(), x @ some.T  # a copy: the result lies in memory of `single`
 
         return Opened(lambda: run(x), matrices, matrix_bytes, product)
 
@@ -73,10 +73,14 @@ class OpenVino:
         n, k, group = case.n, case.k, self.group or case.k
         shape = [n, k // group, group] if self.group else [n, k]
         kind = getattr(ov.Type, f"{'i' if self.signed else 'u'}{self.bits}")
-        value = ops.convert(ops.constant(ov.Tensor(codes.copy(), ov.Shape(shape), kind)), np.float16)
+
+        def constant(packed: np.ndarray, sides: list[int]) -> Any:
+            copied = ops.constant(ov.Tensor(packed, ov.Shape(sides), kind), shared_memory=False)
+            return ops.convert(copied, np.float16)
+
+        value = constant(codes.copy(), shape)
         if not self.signed:
-            zero = np.array([2 ** (self.bits - 1)], np.uint8)
-            value = ops.subtract(value, ops.convert(ops.constant(ov.Tensor(zero, ov.Shape([1] * len(shape)), kind)), np.float16))
+            value = ops.subtract(value, constant(np.array([2 ** (self.bits - 1)], np.uint8), [1] * len(shape)))
         value = ops.multiply(value, ops.constant(scales[:, :, None] if self.group else scales))
         if self.group:
             value = ops.reshape(value, np.array([n, k], np.int64), False)
