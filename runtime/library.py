@@ -22,7 +22,7 @@ from qcompiler.errors import InputError
 from qcompiler.ops import layout
 from qcompiler.ops.formats import LAYOUT_VERSION, AffineFormat
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 ACTIVATIONS = {"float": 0, "int8_token": 1, "int8_block": 2, "int8_static": 3}
 
 _NAMES = {"darwin": "libqcompiler_ops.dylib", "win32": "libqcompiler_ops.dll"}
@@ -53,6 +53,15 @@ class _Outliers(ctypes.Structure):
     _fields_ = [("count", ctypes.c_int64), ("columns", ctypes.c_void_p), ("weights", ctypes.c_void_p)]
 
 
+class _Edges(ctypes.Structure):
+    _fields_ = [
+        ("norm", ctypes.c_void_p),
+        ("epsilon", ctypes.c_float),
+        ("residual", ctypes.c_void_p),
+        ("gate", ctypes.c_int32),
+    ]
+
+
 class _Context(ctypes.Structure):
     _fields_ = [
         ("parallel_for", ctypes.c_void_p),
@@ -77,8 +86,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qc_vq_codebooks_bytes": (ctypes.c_int64, [ctypes.c_int64, ctypes.c_int64] + [ctypes.c_int32] * 4),
     "qc_linear_nbit": (
         ctypes.c_int32,
-        [ctypes.POINTER(_Context), ctypes.POINTER(_Weight), ctypes.c_int32, ctypes.POINTER(_Range), ctypes.c_int64]
-        + [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p],
+        [ctypes.POINTER(_Context), ctypes.POINTER(_Weight), ctypes.c_int32, ctypes.POINTER(_Range), ctypes.POINTER(_Edges)]
+        + [ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p],
     ),
     "qc_linear_mixed": (
         ctypes.c_int32,
@@ -96,7 +105,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     ),
     "qc_linear_vq": (
         ctypes.c_int32,
-        [ctypes.POINTER(_Context), ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64]
+        [ctypes.POINTER(_Context), ctypes.c_void_p, ctypes.c_int32, ctypes.POINTER(_Edges), ctypes.c_int64]
         + [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p],
     ),
     "qc_embedding_vq": (
@@ -241,17 +250,39 @@ class StaticRange(NamedTuple):
         return _Range(ctypes.c_float.from_address(self.scale).value, self.zero, self.offset)
 
 
+class Edges(NamedTuple):
+    """What a linear op does besides its product: addresses of norm (float32 [k]) and residual (like y), and numbers.
+
+    With a gate (1 silu, 2 gelu_tanh, 3 gelu) the weight has twice as many rows as y columns.
+    """
+
+    norm: int | None = None
+    epsilon: float = 0.0
+    residual: int | None = None
+    gate: int = 0
+
+    def structure(self) -> _Edges:
+        return _Edges(*self)
+
+
+def _edges(edges: Edges | None) -> Any:
+    return None if edges is None else ctypes.byref(edges.structure())
+
+
 def linear_nbit_pointers(
     x: int, codes: int, scales: int, zeros: int | None, bias: int | None, y: int, *, rows: int, bits: int, group: int,
-    n: int, k: int, activation: int, activation_range: StaticRange | None = None, threads: int | None = None,
-    isa: str | None = None,
+    n: int, k: int, activation: int, activation_range: StaticRange | None = None, edges: Edges | None = None,
+    threads: int | None = None, isa: str | None = None,
 ) -> None:  # fmt: skip
-    """y[rows, n] = x[rows, k] . W^T (+ bias) on addresses (torch: `tensor.data_ptr()`); nothing is checked here."""
+    """y[rows, n] = x[rows, k] . W^T (+ bias) on addresses (torch: `tensor.data_ptr()`); nothing is checked here.
+
+    With a gate among the `edges` y is [rows, n / 2].
+    """
     library = load()
     weight = _Weight(n, k, bits, group, codes, scales, zeros)
     context = _context(library, threads, isa)
     range_ = None if activation_range is None else ctypes.byref(activation_range.structure())
-    arguments = (ctypes.byref(context), ctypes.byref(weight), activation, range_, rows, x, bias, y)
+    arguments = (ctypes.byref(context), ctypes.byref(weight), activation, range_, _edges(edges), rows, x, bias, y)
     _call(library, library.qc_linear_nbit, *arguments)
 
 
@@ -357,6 +388,17 @@ def _checked_range(
     )
 
 
+def _checked_edges(
+    gate: int, residual: np.ndarray | None, norm: np.ndarray | None, epsilon: float, x: np.ndarray, n: int, k: int
+) -> tuple[Edges | None, tuple[int, ...]]:
+    """The edges, None where there are none, and the shape of y; what the numbers must be the library says."""
+    shape = (*x.shape[:-1], n // 2 if gate else n)
+    edges = Edges(
+        _optional("norm", norm, np.float32, (k,)), epsilon, _optional("residual", residual, np.float32, shape), gate
+    )
+    return (None if edges == Edges() else edges), shape
+
+
 def _checked_weight(
     codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, *, bits: int, group: int, n: int, k: int
 ) -> tuple[int, int, int | None]:
@@ -372,19 +414,21 @@ def linear_nbit(
     x: np.ndarray, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None = None, *, bits: int, group: int,
     n: int, k: int, activation: int | str = "float", bias: np.ndarray | None = None,
     activation_scale: np.ndarray | None = None, activation_zero: np.ndarray | None = None,
-    activation_offset: np.ndarray | None = None, threads: int | None = None, isa: str | None = None,
+    activation_offset: np.ndarray | None = None, residual: np.ndarray | None = None, norm: np.ndarray | None = None,
+    gate: int = 0, epsilon: float = 0.0, threads: int | None = None, isa: str | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """x[..., k] . W^T (+ bias[n]) in float32, computed by the packed kernels."""
+    """P = x[..., k] . W^T (+ bias[n]) in float32, computed by the packed kernels; with edges what `Edges` says of it."""
     activation = _activation(activation)
     weight = _checked_weight(codes, scales, zeros, bits=bits, group=group, n=n, k=k)
     x_address = _checked_rows(x, k)
     bias_address = _optional("bias", bias, np.float32, (n,))
     range_ = _checked_range(activation_scale, activation_zero, activation_offset, n)
-    y = np.empty((*x.shape[:-1], n), np.float32)
+    edges, shape = _checked_edges(gate, residual, norm, epsilon, x, n, k)
+    y = np.empty(shape, np.float32)
     if y.size:
         linear_nbit_pointers(
-            x_address, *weight, bias_address, y.ctypes.data, rows=y.size // n, bits=bits, group=group, n=n, k=k,
-            activation=activation, activation_range=range_, threads=threads, isa=isa,
+            x_address, *weight, bias_address, y.ctypes.data, rows=y.size // shape[-1], bits=bits, group=group, n=n, k=k,
+            activation=activation, activation_range=range_, edges=edges, threads=threads, isa=isa,
         )  # fmt: skip
     return y
 

@@ -34,14 +34,15 @@ class VqWeight(ctypes.Structure):
 def linear_vq_pointers(
     x: int, codes: int, codebooks: int, codebook_scales: int, scales: int, bias: int | None, y: int, *, rows: int,
     dim: int, centroids: int, block_rows: int, block_columns: int, group: int, n: int, k: int, activation: int,
-    threads: int | None = None, isa: str | None = None,
+    edges: library.Edges | None = None, threads: int | None = None, isa: str | None = None,
 ) -> None:  # fmt: skip
     """y[rows, n] = x[rows, k] . W^T (+ bias), W vector-quantized, on addresses; nothing is checked here."""
     lib = library.load()
     tensors = codes, codebooks, codebook_scales, scales
     weight = VqWeight(n, k, dim, centroids, block_rows, block_columns, group, *tensors)
     context = library._context(lib, threads, isa)
-    library._call(lib, lib.qc_linear_vq, ctypes.byref(context), ctypes.byref(weight), activation, rows, x, bias, y)
+    before = ctypes.byref(context), ctypes.byref(weight), activation, library._edges(edges)
+    library._call(lib, lib.qc_linear_vq, *before, rows, x, bias, y)
 
 
 def embedding_vq_pointers(
@@ -97,20 +98,26 @@ def _checked_vq(
 def linear_vq(
     x: np.ndarray, codes: np.ndarray, codebooks: np.ndarray, codebook_scales: np.ndarray, scales: np.ndarray, *,
     dim: int, centroids: int, block_rows: int, block_columns: int, group: int, n: int, k: int,
-    activation: int | str = "float", bias: np.ndarray | None = None, threads: int | None = None, isa: str | None = None,
+    activation: int | str = "float", bias: np.ndarray | None = None, residual: np.ndarray | None = None,
+    norm: np.ndarray | None = None, gate: int = 0, epsilon: float = 0.0, threads: int | None = None,
+    isa: str | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """x[..., k] . W^T (+ bias[n]) in float32, W vector-quantized. `activation`: float or int8_block."""
+    """P = x[..., k] . W^T (+ bias[n]) in float32, W vector-quantized, and its edges (`library.Edges`).
+
+    `activation`: float or int8_block.
+    """
     form = {"dim": dim, "centroids": centroids, "block_rows": block_rows, "block_columns": block_columns}
     sizes = {**form, "group": group, "n": n, "k": k}
     activation = library._activation(activation)
     weight = _checked_vq(codes, codebooks, codebook_scales, scales, vq_shapes(**sizes))
     x_address = library._checked_rows(x, k)
     bias_address = library._optional("bias", bias, np.float32, (n,))
-    y = np.empty((*x.shape[:-1], n), np.float32)
+    edges, shape = library._checked_edges(gate, residual, norm, epsilon, x, n, k)
+    y = np.empty(shape, np.float32)
     if y.size:
         linear_vq_pointers(
-            x_address, *weight, bias_address, y.ctypes.data, rows=y.size // n, activation=activation,
-            threads=threads, isa=isa, **sizes,
+            x_address, *weight, bias_address, y.ctypes.data, rows=y.size // shape[-1], activation=activation,
+            edges=edges, threads=threads, isa=isa, **sizes,
         )  # fmt: skip
     return y
 

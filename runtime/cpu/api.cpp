@@ -104,8 +104,8 @@ int32_t check_outliers(const char* op, const qc_outliers& outliers, int64_t k) {
 }
 
 int32_t linear(const char* op, const qc_context* context, const qc_weight* weight, int32_t activation,
-               const qc_activation_range* range, const qc_outliers* outliers, int64_t rows, const float* x,
-               const float* bias, float* y) {
+               const qc_activation_range* range, const qc_outliers* outliers, const qc_linear_edges* edges, int64_t rows,
+               const float* x, const float* bias, float* y) {
   Workers workers{};
   Matrix matrix{};
   const Kernels* kernels = nullptr;
@@ -118,6 +118,7 @@ int32_t linear(const char* op, const qc_context* context, const qc_weight* weigh
   if (range) extras.range = &levels, extras.offset = range->offset;
   if (outliers) extras.outliers = *outliers;
   if (int32_t code = check_outliers(op, extras.outliers, matrix.k)) return code;
+  if (int32_t code = check_edges(op, edges, matrix, &extras.edges)) return code;
   if (int32_t code = check_exactness(op, matrix, activation, levels.low < -127)) return code;
   if (int32_t code = check_operands(op, matrix, rows, x, y)) return code;
   if (rows == 0) return kOk;
@@ -187,15 +188,16 @@ int64_t qc_zeros_bytes(int64_t n, int64_t k, int32_t bits, int32_t group) {
 }
 
 int32_t qc_linear_nbit(const qc_context* context, const qc_weight* weight, int32_t activation,
-                       const qc_activation_range* range, int64_t rows, const float* x, const float* bias, float* y) {
-  return qc::linear("linear_nbit", context, weight, activation, range, nullptr, rows, x, bias, y);
+                       const qc_activation_range* range, const qc_linear_edges* edges, int64_t rows, const float* x,
+                       const float* bias, float* y) {
+  return qc::linear("linear_nbit", context, weight, activation, range, nullptr, edges, rows, x, bias, y);
 }
 
 int32_t qc_linear_mixed(const qc_context* context, const qc_weight* weight, int32_t activation,
                         const qc_activation_range* range, const qc_outliers* outliers, int64_t rows, const float* x,
                         const float* bias, float* y) {
   if (!outliers) return qc::null_pointer("linear_mixed", "outliers");
-  return qc::linear("linear_mixed", context, weight, activation, range, outliers, rows, x, bias, y);
+  return qc::linear("linear_mixed", context, weight, activation, range, outliers, nullptr, rows, x, bias, y);
 }
 
 int32_t qc_linear_experts_nbit(const qc_context* context, const qc_weight* weight, int64_t experts, int32_t activation,

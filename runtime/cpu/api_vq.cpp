@@ -74,8 +74,8 @@ int32_t check_weight(const char* op, const qc_vq_weight* weight, Codebooks* book
   return kOk;
 }
 
-int32_t linear(const char* op, const qc_context* context, const qc_vq_weight* weight, int32_t activation, int64_t rows,
-               const float* x, const float* bias, float* y) {
+int32_t linear(const char* op, const qc_context* context, const qc_vq_weight* weight, int32_t activation,
+               const qc_linear_edges* edges, int64_t rows, const float* x, const float* bias, float* y) {
   Workers workers{};
   Codebooks books{};
   Matrix matrix{};
@@ -89,9 +89,11 @@ int32_t linear(const char* op, const qc_context* context, const qc_vq_weight* we
     return fail(kInvalidArgument, "%s: activation is %" PRId32 "%s, expected 0 (float) or 2 (int8 per block)", op, activation,
                 name);
   }
+  LinearExtras extras;
+  if (int32_t code = check_edges(op, edges, matrix, &extras.edges)) return code;
   if (int32_t code = check_operands(op, matrix, rows, x, y)) return code;
   if (rows == 0) return kOk;
-  if (!run_linear(*kernels, workers, matrix, static_cast<qc_activation>(activation), rows, x, bias, y)) {
+  if (!run_linear(*kernels, workers, matrix, static_cast<qc_activation>(activation), rows, x, bias, y, extras)) {
     return fail(kOutOfMemory, "%s: no memory for the activations of k = %" PRId64, op, matrix.k);
   }
   return kOk;
@@ -124,9 +126,9 @@ int64_t qc_vq_codebooks_bytes(int64_t n, int64_t k, int32_t dim, int32_t centroi
   return qc::codebooks_bytes(n, k, dim, centroids, block_rows, block_columns);
 }
 
-int32_t qc_linear_vq(const qc_context* context, const qc_vq_weight* weight, int32_t activation, int64_t rows,
-                     const float* x, const float* bias, float* y) {
-  return qc::linear("linear_vq", context, weight, activation, rows, x, bias, y);
+int32_t qc_linear_vq(const qc_context* context, const qc_vq_weight* weight, int32_t activation,
+                     const qc_linear_edges* edges, int64_t rows, const float* x, const float* bias, float* y) {
+  return qc::linear("linear_vq", context, weight, activation, edges, rows, x, bias, y);
 }
 
 int32_t qc_embedding_vq(const qc_context* context, const qc_vq_weight* weight, int64_t count, const int64_t* indices,

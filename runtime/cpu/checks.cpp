@@ -1,6 +1,7 @@
 #include "checks.h"
 
 #include <cinttypes>
+#include <cmath>
 
 #include "dispatch.h"
 #include "error.h"
@@ -46,6 +47,27 @@ int32_t check_context(const char* op, const qc_context* context, Workers* worker
   *workers = {c.parallel_for, c.pool, c.threads};
   *kernels = select_kernels(c.isa);
   return *kernels ? kOk : kUnavailable;
+}
+
+int32_t check_edges(const char* op, const qc_linear_edges* edges, const Matrix& matrix, qc_linear_edges* out) {
+  *out = edges ? *edges : qc_linear_edges{};
+  if (out->gate < QC_GATE_NONE || out->gate > QC_GATE_GELU) {
+    return fail(kInvalidArgument, "%s: edges.gate is %" PRId32 ", expected 0 (none), 1 (silu), 2 (gelu_tanh) or 3 (gelu)", op,
+                out->gate);
+  }
+  if (out->gate && matrix.n % (2 * kTileRows)) {
+    return fail(kInvalidArgument,
+                "%s: weight.n is %" PRId64 " and edges.gate %" PRId32 ", expected two halves of a multiple of %" PRId64 " rows",
+                op, matrix.n, out->gate, kTileRows);
+  }
+  if (!(out->epsilon >= 0) || !std::isfinite(out->epsilon)) {
+    return fail(kInvalidArgument, "%s: edges.epsilon is %g, expected a finite number of at least 0", op,
+                double(out->epsilon));
+  }
+  if (!out->norm && out->epsilon != 0) {
+    return fail(kInvalidArgument, "%s: edges.epsilon is %g without edges.norm, expected 0", op, double(out->epsilon));
+  }
+  return kOk;
 }
 
 int32_t check_matrix(const char* op, const char* what, int64_t rows, int64_t columns) {

@@ -20,6 +20,8 @@ int64_t scales_count(int64_t n, int64_t k, int32_t group);
 int32_t null_pointer(const char* op, const char* what);
 int32_t check_shape(const char* op, int64_t n, int64_t k, int32_t group);
 int32_t check_context(const char* op, const qc_context* context, Workers* workers, const Kernels** kernels);
+// `out`: the edges, null as none.
+int32_t check_edges(const char* op, const qc_linear_edges* edges, const Matrix& matrix, qc_linear_edges* out);
 // rows * columns fp32 values must be addressable.
 int32_t check_matrix(const char* op, const char* what, int64_t rows, int64_t columns);
 // No rows need no pointers.

@@ -47,7 +47,8 @@ struct LinearJob {
   const int32_t* sums;   // int8 only, [block][segment][R]: sum of a; symmetric: -(zero point, biased) * sum of a
   const float* offset;   // [n], may be null: added before the bias
   const float* bias;     // may be null
-  float* y;
+  float* y;             // [rows][y_stride], weight.n of a row written
+  int64_t y_stride;
   bool full_range;       // int8 only: an activation may be -128; otherwise they lie in [-127, 127]
   // Columns in float beside the packed product (none: outlier_count = 0).
   int64_t outlier_count;
@@ -70,6 +71,20 @@ using QuantizeFunction = bool (*)(const float* x, int64_t k, int64_t block, int6
 using OutlierFunction = void (*)(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t row_begin,
                                  int64_t row_end);
 
+// What stands before and after a product (qc_linear_edges), a row at a time; the same bits from every instruction set.
+struct EdgeFunctions {
+  // out = x * (1 / root mean square) * norm
+  void (*normalize)(const float* x, const float* norm, float epsilon, int64_t k, float* out);
+  // y = activation(y) * other
+  void (*gate)(int32_t activation, const float* other, int64_t count, float* y);
+  void (*add)(const float* residual, int64_t count, float* y);
+};
+extern const EdgeFunctions kGenericEdges;
+#if defined(QC_HAVE_X86_KERNELS)
+extern const EdgeFunctions kAvx2Edges;
+extern const EdgeFunctions kAvx512Edges;
+#endif
+
 struct Kernels {
   const char* name;
   // Rows a block may have, ascending, ended by 0.
@@ -82,6 +97,7 @@ struct Kernels {
   LinearFunction vq_int8;
   LinearFunction vq_float;
   OutlierFunction add_outliers;
+  const EdgeFunctions* edges = &kGenericEdges;
 };
 
 namespace generic {

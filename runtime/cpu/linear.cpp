@@ -2,10 +2,12 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <type_traits>
 
+#include "edges.h"
 #include "layout.h"
 #include "scratch.h"
 
@@ -72,7 +74,7 @@ struct Int8Preparation {
   qc_activation activation;
   const ActivationRange* range;
   const OutlierSplit& split;
-  const float* x;
+  const InputRows& x;
   LinearJob& job;
   // One row's quantizer output, a set for every piece of preparation.
   unsigned char* rows_scratch;
@@ -96,7 +98,7 @@ struct Int8Preparation {
       const int64_t source = block * R + r;
       bool finite = true;
       if (source < job.rows) {
-        const float* values = split(x + source * weight.k, source, piece, finite);
+        const float* values = split(x(source, piece), source, piece, finite);
         finite &= kernels.quantize_row(values, weight.k, activation_block(), job.segment, range, row, row_sa, row_sums);
         std::memset(row + weight.k, 0, size_t(padded_k - weight.k));
       } else {
@@ -121,7 +123,7 @@ struct Int8Preparation {
 struct FloatPreparation {
   const Matrix& weight;
   const OutlierSplit& split;
-  const float* x;
+  const InputRows& x;
   LinearJob& job;
   int64_t padded_k;
 
@@ -132,7 +134,7 @@ struct FloatPreparation {
     std::memset(packed, 0, size_t(job.x_block_bytes));
     for (int64_t r = 0; r < R && block * R + r < job.rows; ++r) {
       bool finite = true;
-      const float* row = split(x + (block * R + r) * weight.k, block * R + r, piece, finite);
+      const float* row = split(x(block * R + r, piece), block * R + r, piece, finite);
       if (!finite || !all_finite(row, weight.k)) {
         for (int64_t k = 0; k < padded_k; ++k) packed[k * R + r] = std::numeric_limits<float>::quiet_NaN();
       } else if (R == 1) {
@@ -155,29 +157,37 @@ struct FloatPreparation {
 };
 
 // Cuts tiles (and, where those are few, row blocks) into pieces and runs the kernels on each.
-void run_pieces(const Workers& workers, const Kernels& kernels, LinearFunction product, const LinearJob& job) {
-  const auto kernel = [&](const LinearJob& job, int64_t tile, int64_t tile_end, int64_t block, int64_t block_end) {
+// False when memory ran out.
+bool run_pieces(const Workers& workers, const Kernels& kernels, LinearFunction product, const LinearJob& job,
+                const OutputEdges& edges) {
+  const auto whole = [&](const LinearJob& job, int64_t tile, int64_t tile_end, int64_t block, int64_t block_end) {
     product(job, tile, tile_end, block, block_end);
     if (!job.outlier_count) return;
     kernels.add_outliers(job, tile, tile_end, block * job.block_rows, std::min(block_end * job.block_rows, job.rows));
   };
+  std::atomic<bool> memory{true};
+  const auto kernel = [&](int64_t tile, int64_t tile_end, int64_t block, int64_t block_end) {
+    if (!edges.compute(job, tile, tile_end, block, block_end, whole)) memory.store(false, std::memory_order_relaxed);
+  };
   const Matrix& w = job.weight;
+  const int64_t tiles = edges.tiles(w), tile_bytes = edges.tile_bytes(w);
   const int64_t blocks = ceil_div(job.rows, job.block_rows);
   if (stays_on_caller(w, job.rows)) {
-    kernel(job, 0, w.tiles, 0, blocks);
-    return;
+    kernel(0, tiles, 0, blocks);
+    return memory;
   }
   const int64_t wanted = 4 * int64_t(workers.threads);
-  int64_t tiles_per_piece = std::clamp<int64_t>(kPieceBytes / w.tile_bytes, 1, w.tiles);
-  if (blocks > 1) tiles_per_piece = std::clamp<int64_t>(w.tiles / wanted, 1, tiles_per_piece);
-  const int64_t tile_pieces = ceil_div(w.tiles, tiles_per_piece);
+  int64_t tiles_per_piece = std::clamp<int64_t>(kPieceBytes / tile_bytes, 1, tiles);
+  if (blocks > 1) tiles_per_piece = std::clamp<int64_t>(tiles / wanted, 1, tiles_per_piece);
+  const int64_t tile_pieces = ceil_div(tiles, tiles_per_piece);
   const int64_t row_cuts = tile_pieces < wanted ? std::min(blocks, ceil_div(wanted, tile_pieces)) : 1;
   const int64_t blocks_per_piece = ceil_div(blocks, row_cuts);
   const int64_t row_pieces = ceil_div(blocks, blocks_per_piece);
   workers.run(tile_pieces * row_pieces, [&](int64_t i) {
     const int64_t tile = i / row_pieces * tiles_per_piece, block = i % row_pieces * blocks_per_piece;
-    kernel(job, tile, std::min(tile + tiles_per_piece, w.tiles), block, std::min(block + blocks_per_piece, blocks));
+    kernel(tile, std::min(tile + tiles_per_piece, tiles), block, std::min(block + blocks_per_piece, blocks));
   });
+  return memory;
 }
 
 // Prepares and computes up to a sweep's worth of rows.
@@ -200,6 +210,7 @@ bool run_sweep(const Kernels& kernels, const Workers& workers, const Matrix& wei
   job.offset = extras.offset;
   job.bias = bias;
   job.y = y;
+  job.y_stride = output_columns(weight, extras.edges);
   job.full_range = extras.range && extras.range->low < -127;
   job.outlier_count = extras.outliers.count;
   job.outliers = extras.outliers.weights;
@@ -215,6 +226,7 @@ bool run_sweep(const Kernels& kernels, const Workers& workers, const Matrix& wei
   const int64_t rows_at = parts.add(integer ? prepare_pieces * row_bytes : 0);
   const int64_t gathered_at = parts.add(rows * job.outlier_count * int64_t(sizeof(float)));
   const int64_t copies_at = parts.add(job.outlier_count ? prepare_pieces * weight.k * int64_t(sizeof(float)) : 0);
+  const int64_t normed_at = parts.add(extras.edges.norm ? prepare_pieces * weight.k * int64_t(sizeof(float)) : 0);
   const ScratchLease lease(parts.size());
   if (!lease.data()) return false;
   job.x = lease.data() + x_at;
@@ -223,6 +235,7 @@ bool run_sweep(const Kernels& kernels, const Workers& workers, const Matrix& wei
   const OutlierSplit split{extras.outliers, weight.k, reinterpret_cast<float*>(lease.data() + gathered_at),
                            reinterpret_cast<float*>(lease.data() + copies_at)};
   job.outlier_x = split.gathered;
+  const InputRows input{*kernels.edges, extras.edges, weight.k, x, reinterpret_cast<float*>(lease.data() + normed_at)};
 
   const int64_t blocks_per_piece = ceil_div(blocks, prepare_pieces);
   const auto prepare_all = [&](auto&& prepare) {
@@ -233,18 +246,17 @@ bool run_sweep(const Kernels& kernels, const Workers& workers, const Matrix& wei
   };
   if (integer) {
     const Int8Preparation preparation{kernels, weight, activation, extras.range,           split,
-                                      x,       job,    lease.data() + rows_at, row_bytes, padded_k};
+                                      input,   job,    lease.data() + rows_at, row_bytes, padded_k};
     prepare_all([&](int64_t block, int64_t piece) { preparation.prepare(block, piece); });
   } else {
-    const FloatPreparation preparation{weight, split, x, job, padded_k};
+    const FloatPreparation preparation{weight, split, input, job, padded_k};
     prepare_all([&](int64_t block, int64_t piece) { preparation.prepare(block, piece); });
   }
-  run_pieces(workers, kernels,
+  return run_pieces(workers, kernels,
              weight.codebooks ? integer ? kernels.vq_int8 : kernels.vq_float
              : integer        ? kernels.linear_int8
                               : kernels.linear_float,
-             job);
-  return true;
+             job, OutputEdges{*kernels.edges, extras.edges});
 }
 
 }  // namespace
@@ -259,9 +271,12 @@ bool run_linear(const Kernels& kernels, const Workers& workers, const Matrix& we
   // Prepared activations of a sweep stay in the cache; more rows take another sweep over the weights.
   const int64_t row_bytes = weight.k * (activation == QC_ACT_FLOAT ? int64_t(sizeof(float)) : 1);
   const int64_t sweep = std::clamp<int64_t>(kActivationBytes / row_bytes / 48 * 48, 96, 1536);
+  const int64_t columns = output_columns(weight, extras.edges);
+  LinearExtras own = extras;
   for (int64_t begin = 0; begin < rows; begin += sweep) {
+    if (extras.edges.residual) own.edges.residual = extras.edges.residual + begin * columns;
     if (!run_sweep(kernels, workers, weight, activation, std::min(sweep, rows - begin), x + begin * weight.k, bias,
-                   y + begin * weight.n, extras)) {
+                   y + begin * columns, own)) {
       return false;
     }
   }

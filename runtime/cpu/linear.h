@@ -24,11 +24,17 @@ struct Workers {
   }
 };
 
+// Columns of y: half of the rows of a gated weight.
+inline int64_t output_columns(const Matrix& weight, const qc_linear_edges& edges) {
+  return edges.gate ? weight.n / 2 : weight.n;
+}
+
 // What a linear op may have besides a weight, activations and a bias.
 struct LinearExtras {
   const ActivationRange* range = nullptr;  // of static int8 activations
   const float* offset = nullptr;           // [n], added before the bias
   qc_outliers outliers{};                  // count 0: none
+  qc_linear_edges edges{};                 // null and 0: none
 };
 
 // False when memory ran out.

@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 // Bumped when a signature or a struct below changes; the Python side refuses any other.
-#define QC_ABI_VERSION 3
+#define QC_ABI_VERSION 4
 // The packed layout that these kernels read; carried by every op as attribute `layout_version`.
 #define QC_LAYOUT_VERSION 1
 
@@ -51,6 +51,27 @@ typedef struct qc_outliers {
   const int32_t* columns;
   const uint16_t* weights;
 } qc_outliers;
+
+// The activation of a gated product, see qc_linear_edges.
+enum qc_gate {
+  QC_GATE_NONE = 0,
+  QC_GATE_SILU = 1,
+  QC_GATE_GELU_TANH = 2,
+  QC_GATE_GELU = 3  // with erf
+};
+
+// What a linear op does besides its product P = x . W^T (+ bias). All zeros: nothing.
+//   norm      [k], null: none. The product is taken of RMSNorm(x) = x * (1 / sqrt(mean(x^2) + epsilon)) * norm.
+//   epsilon   finite and at least 0; 0 without norm
+//   residual  of the shape of y, which it must not overlap; null: none. Added at the very end.
+//   gate      a qc_gate. With one, W has n = 2h rows, h a multiple of 16, and y has h columns:
+//             y[:, j] = activation(P[:, j]) * P[:, h + j]
+typedef struct qc_linear_edges {
+  const float* norm;
+  float epsilon;
+  const float* residual;
+  int32_t gate;
+} qc_linear_edges;
 
 // A packed affine weight matrix W[n, k], W = S * (q - Z).
 //   bits      8, 4, 3, 2
@@ -120,10 +141,10 @@ QC_EXPORT int64_t qc_vq_codebooks_bytes(int64_t n, int64_t k, int32_t dim, int32
 // y[rows, n] = x[rows, k] . W^T (+ bias[n]); x, y, bias fp32, row-major, contiguous; bias may be null.
 // Bit-equal for every ISA, every number of threads and every number of rows (a row's result never depends on the
 // others). Order of operations per output: docs/layout.md, "Arithmetic". `range` is that of static int8 activations, and
-// null with any other.
+// null with any other. With `edges` (null: none) y[rows, n or n / 2] is what they make of this product.
 QC_EXPORT int32_t qc_linear_nbit(const qc_context* context, const qc_weight* weight, int32_t activation,
-                                 const qc_activation_range* range, int64_t rows, const float* x, const float* bias,
-                                 float* y);
+                                 const qc_activation_range* range, const qc_linear_edges* edges, int64_t rows,
+                                 const float* x, const float* bias, float* y);
 
 // y = qc_linear_nbit of x with the outlier columns set to 0, + x[:, columns] . outliers^T.
 QC_EXPORT int32_t qc_linear_mixed(const qc_context* context, const qc_weight* weight, int32_t activation,
@@ -142,8 +163,8 @@ QC_EXPORT int32_t qc_embedding_nbit(const qc_context* context, const qc_weight* 
                                     const int64_t* indices, float* y);
 
 // The same two with a vector-quantized matrix. `activation` is QC_ACT_FLOAT or QC_ACT_INT8_BLOCK.
-QC_EXPORT int32_t qc_linear_vq(const qc_context* context, const qc_vq_weight* weight, int32_t activation, int64_t rows,
-                               const float* x, const float* bias, float* y);
+QC_EXPORT int32_t qc_linear_vq(const qc_context* context, const qc_vq_weight* weight, int32_t activation,
+                               const qc_linear_edges* edges, int64_t rows, const float* x, const float* bias, float* y);
 QC_EXPORT int32_t qc_embedding_vq(const qc_context* context, const qc_vq_weight* weight, int64_t count,
                                   const int64_t* indices, float* y);
 

@@ -17,11 +17,17 @@ unsigned char* allocate(size_t bytes) {
 
 void release(unsigned char* data) { ::operator delete(data, std::align_val_t{kAlignment}); }
 
+// What a thread keeps, a piece of memory for each of the leases that nest in one op.
 struct ThreadCache {
-  unsigned char* data = nullptr;
-  size_t size = 0;
-  bool leased = false;
-  ~ThreadCache() { release(data); }
+  static constexpr int kDepth = 3;
+  struct Level {
+    unsigned char* data = nullptr;
+    size_t size = 0;
+  } levels[kDepth];
+  int leased = 0;
+  ~ThreadCache() {
+    for (Level& level : levels) release(level.data);
+  }
 };
 
 ThreadCache& cache() {
@@ -33,23 +39,25 @@ ThreadCache& cache() {
 
 ScratchLease::ScratchLease(size_t bytes) : data_(nullptr), cached_(false) {
   ThreadCache& own = cache();
-  if (own.leased || bytes > kKeep) {
+  if (own.leased == ThreadCache::kDepth || bytes > kKeep) {
     data_ = allocate(bytes);
     return;
   }
-  if (own.size < bytes) {
-    release(own.data);
+  ThreadCache::Level& level = own.levels[own.leased];
+  if (level.size < bytes) {
+    release(level.data);
     const size_t size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
-    own.data = allocate(size);
-    own.size = own.data ? size : 0;
+    level.data = allocate(size);
+    level.size = level.data ? size : 0;
   }
-  data_ = own.data;
-  cached_ = own.leased = data_ != nullptr;
+  data_ = level.data;
+  cached_ = data_ != nullptr;
+  own.leased += cached_;
 }
 
 ScratchLease::~ScratchLease() {
   if (cached_) {
-    cache().leased = false;
+    --cache().leased;  // leases end in the order in which they nest
   } else {
     release(data_);
   }

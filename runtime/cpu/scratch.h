@@ -7,7 +7,7 @@
 namespace qc {
 
 // Holds `bytes` of 64-byte aligned memory while it lives; data() is null when memory ran out. Leases of one thread may
-// nest (a caller's parallel_for may run another op on the waiting thread): the inner one gets memory of its own.
+// nest (a caller's parallel_for may run another op on the waiting thread): each gets memory of its own.
 class ScratchLease {
  public:
   explicit ScratchLease(size_t bytes);

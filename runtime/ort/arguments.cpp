@@ -60,6 +60,23 @@ int64_t int_attribute(const Api& api, const OrtKernelInfo* info, const char* nam
   return value;
 }
 
+// ONNX Runtime has one answer to an attribute that is not there and to one of another type.
+int64_t int_attribute(const Api& api, const OrtKernelInfo* info, const char* name, int64_t fallback) {
+  int64_t value = 0;
+  if (succeeded(api, api.KernelInfoGetAttribute_int64(info, name, &value))) return value;
+  float other = 0;
+  if (!succeeded(api, api.KernelInfoGetAttribute_float(info, name, &other))) return fallback;
+  throw Failure{kInvalidGraph, std::string("attribute '") + name + "' is a float, expected an integer"};
+}
+
+float float_attribute(const Api& api, const OrtKernelInfo* info, const char* name, float fallback) {
+  float value = 0;
+  if (succeeded(api, api.KernelInfoGetAttribute_float(info, name, &value))) return value;
+  int64_t other = 0;
+  if (!succeeded(api, api.KernelInfoGetAttribute_int64(info, name, &other))) return fallback;
+  throw Failure{kInvalidGraph, std::string("attribute '") + name + "' is an integer, expected a float"};
+}
+
 Tensor tensor(const Api& api, const OrtValue* value) {
   struct Info {
     const Api& api;

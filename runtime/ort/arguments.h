@@ -26,6 +26,10 @@ struct InputName {
 
 int64_t int_attribute(const Api& api, const OrtKernelInfo* info, const char* name);
 
+// The same where a node may leave it out; throws where it has another type.
+int64_t int_attribute(const Api& api, const OrtKernelInfo* info, const char* name, int64_t fallback);
+float float_attribute(const Api& api, const OrtKernelInfo* info, const char* name, float fallback);
+
 // Throws unless the node's attribute `layout_version` is the layout that this library reads.
 void check_layout(const Api& api, const OrtKernelInfo* info);
 

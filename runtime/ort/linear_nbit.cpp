@@ -1,9 +1,10 @@
-// LinearNBit:  Y[..., n] = X[..., k] . W^T (+ bias), W packed.
+// LinearNBit:  Y[..., n] = X[..., k] . W^T (+ bias), W packed; gate, residual and norm (linear_edges.h).
 // LinearMixed: the same without the outlier columns of X, which meet float weights: + X[..., columns] . outliers^T.
 #include <atomic>
 
 #include "arguments.h"
 #include "failure.h"
+#include "linear_edges.h"
 #include "ops.h"
 
 namespace qc::ort {
@@ -20,6 +21,8 @@ constexpr OpInput kInputs[] = {
     {kFloat, kOptional},    // activation_scale
     {kInt8, kOptional},     // activation_zero
     {kFloat, kOptional},    // activation_offset
+    {kFloat, kOptional},    // residual
+    {kFloat, kOptional},    // norm
 };
 
 constexpr OpInput kMixedInputs[] = {
@@ -52,7 +55,9 @@ class Linear final : public Kernel {
   Linear(const Api& api, const OrtKernelInfo* info)
       : weight_(api, info, 1),
         activations_(api, info, Mixed ? 7 : 5, weight_.n()),
-        bias_(api, info, Mixed ? 6 : 4, weight_.n()) {}
+        bias_(api, info, Mixed ? 6 : 4, weight_.n()) {
+    if (!Mixed) edges_ = std::make_unique<LinearEdges>(api, info, 8, weight_.n(), weight_.k());
+  }
 
   void compute(const Api& api, OrtKernelContext* context) const override {
     const Tensor x = required_input(api, context, {0, "X"});
@@ -67,7 +72,9 @@ class Linear final : public Kernel {
     if (Mixed) outliers = resolve_outliers(api, context, 4, weight.n);
 
     Shape shape = x.shape;
-    shape.back() = weight.n;
+    shape.back() = Mixed ? weight.n : edges_->columns();
+    qc_linear_edges edges{};
+    if (!Mixed) edges = edges_->resolve(api, context, shape);
     OrtValue* output = nullptr;
     check(api, api.KernelContext_GetOutput(context, size_t{0}, shape.data(), shape.size(), &output));
     void* y = nullptr;
@@ -84,7 +91,7 @@ class Linear final : public Kernel {
     float* out = static_cast<float*>(y);
     const int32_t kind = activations_.kind();
     const int32_t code = Mixed ? qc_linear_mixed(&where, &weight, kind, range, &outliers, rows, in, bias, out)
-                               : qc_linear_nbit(&where, &weight, kind, range, rows, in, bias, out);
+                               : qc_linear_nbit(&where, &weight, kind, range, &edges, rows, in, bias, out);
     if (code != 0) throw Failure{kFail, qc_last_error()};
   }
 
@@ -92,6 +99,7 @@ class Linear final : public Kernel {
   Weight weight_;
   Activations activations_;
   Bias bias_;
+  std::unique_ptr<LinearEdges> edges_;  // LinearNBit alone
 };
 
 template <bool Mixed>
@@ -101,7 +109,7 @@ std::unique_ptr<Kernel> create(const Api& api, const OrtKernelInfo* info) {
 
 }  // namespace
 
-const OpDescription kLinearNBit = {"LinearNBit", kInputs, sizeof(kInputs) / sizeof(kInputs[0]), "n", true, create<false>};
+const OpDescription kLinearNBit = {"LinearNBit", kInputs, sizeof(kInputs) / sizeof(kInputs[0]), "n", true, create<false>, true};
 
 const OpDescription kLinearMixed = {
     "LinearMixed", kMixedInputs, sizeof(kMixedInputs) / sizeof(kMixedInputs[0]), "n", true, create<true>};

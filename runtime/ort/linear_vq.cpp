@@ -1,5 +1,6 @@
-// LinearVQ: Y[..., n] = X[..., k] . W^T (+ bias), W vector-quantized.
+// LinearVQ: Y[..., n] = X[..., k] . W^T (+ bias), W vector-quantized; gate, residual and norm (linear_edges.h).
 #include "failure.h"
+#include "linear_edges.h"
 #include "ops.h"
 #include "vq_weight.h"
 
@@ -13,6 +14,8 @@ constexpr OpInput kInputs[] = {
     {kFloat16, kRequired},  // codebook_scales
     {kFloat16, kRequired},  // scales
     {kFloat, kOptional},    // bias
+    {kFloat, kOptional},    // residual
+    {kFloat, kOptional},    // norm
 };
 
 class LinearVQ final : public Kernel {
@@ -20,6 +23,7 @@ class LinearVQ final : public Kernel {
   LinearVQ(const Api& api, const OrtKernelInfo* info)
       : weight_(api, info),
         bias_(api, info, 5, weight_.n()),
+        edges_(api, info, 6, weight_.n(), weight_.k()),
         activation_(static_cast<int32_t>(int_attribute(api, info, "activation"))) {
     if (activation_ == QC_ACT_FLOAT || activation_ == QC_ACT_INT8_BLOCK) return;
     const char* name = activation_ == QC_ACT_INT8_TOKEN    ? " (int8 per token)"
@@ -38,7 +42,8 @@ class LinearVQ final : public Kernel {
     const float* bias = bias_.resolve(api, context);
 
     Shape shape = x.shape;
-    shape.back() = weight.n;
+    shape.back() = edges_.columns();
+    const qc_linear_edges edges = edges_.resolve(api, context, shape);
     OrtValue* output = nullptr;
     check(api, api.KernelContext_GetOutput(context, size_t{0}, shape.data(), shape.size(), &output));
     void* y = nullptr;
@@ -51,13 +56,14 @@ class LinearVQ final : public Kernel {
     SessionPool pool(api, context);
     const qc_context where = pool.context();
     const float* in = static_cast<const float*>(x.data);
-    if (qc_linear_vq(&where, &weight, activation_, rows, in, bias, static_cast<float*>(y)) != 0)
+    if (qc_linear_vq(&where, &weight, activation_, &edges, rows, in, bias, static_cast<float*>(y)) != 0)
       throw Failure{kFail, qc_last_error()};
   }
 
  private:
   VqWeight weight_;
   Bias bias_;
+  LinearEdges edges_;
   int32_t activation_;
 };
 
@@ -67,6 +73,7 @@ const OpDescription kLinearVQ = {
     "LinearVQ", kInputs, sizeof(kInputs) / sizeof(kInputs[0]), "n", true,
     [](const Api& api, const OrtKernelInfo* info) -> std::unique_ptr<Kernel> {
       return std::make_unique<LinearVQ>(api, info);
-    }};
+    },
+    true};
 
 }  // namespace qc::ort

@@ -22,7 +22,7 @@ struct OpInput {
 };
 
 // An op has one float output whose shape is that of input 0 with the last dimension replaced (`replaces_last`) or with
-// one more dimension. That dimension is the attribute `output_dimension`.
+// one more dimension. That dimension is the attribute `output_dimension`, or half of it (`gated`).
 struct OpDescription {
   const char* name;
   const OpInput* inputs;
@@ -30,6 +30,7 @@ struct OpDescription {
   const char* output_dimension;
   bool replaces_last;
   std::unique_ptr<Kernel> (*create)(const Api& api, const OrtKernelInfo* info);
+  bool gated = false;  // half of that dimension where the attribute `gate` is there and not 0
 };
 
 extern const OpDescription kLinearNBit;

@@ -102,6 +102,7 @@ struct Api {
 
   // What a kernel is created from. `out` of GetNodeName may be null: then `size` becomes the bytes needed.
   // A constant input is ONNX Runtime's own initializer: no copy, alive as long as the session.
+  QC_ORT(85, OrtStatus*, KernelInfoGetAttribute_float, const OrtKernelInfo*, const char* name, float* out)
   QC_ORT(86, OrtStatus*, KernelInfoGetAttribute_int64, const OrtKernelInfo*, const char* name, int64_t* out)
   QC_ORT(230, OrtStatus*, KernelInfo_GetInputCount, const OrtKernelInfo*, size_t* out)
   QC_ORT(244, OrtStatus*, KernelInfo_GetNodeName, const OrtKernelInfo*, char* out, size_t* size)

@@ -22,6 +22,11 @@ void infer_output_shape(const Api& api, const OpDescription& op, OrtShapeInferCo
       !succeeded(api, api.ReadOpAttr(attribute, kAttributeInt, static_cast<void*>(&last), sizeof(last), &bytes)))
     return;
 
+  int64_t gate = 0;
+  if (op.gated && succeeded(api, api.ShapeInferContext_GetAttribute(context, "gate", &attribute)) &&
+      succeeded(api, api.ReadOpAttr(attribute, kAttributeInt, static_cast<void*>(&gate), sizeof(gate), &bytes)) && gate)
+    last /= 2;
+
   std::vector<int64_t> dims(rank);
   std::vector<const char*> names(rank, "");
   if (!succeeded(api, api.GetDimensions(input, dims.data(), rank)) ||

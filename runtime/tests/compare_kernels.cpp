@@ -73,14 +73,14 @@ std::vector<float> result(const Case& c, const char* isa, bool embedding = false
                                         placed(b.range_offset, c.range_offset)};
     const qc_activation_range* range = f.activation == QC_ACT_INT8_STATIC ? &levels : nullptr;
     if (f.op == Form::kVq) {
-      code = qc_linear_vq(&context, &vq, f.activation, c.rows, x, bias, y);
+      code = qc_linear_vq(&context, &vq, f.activation, nullptr, c.rows, x, bias, y);
     } else if (f.op == Form::kExperts) {
       code = qc_linear_experts_nbit(&context, &weight, c.experts, f.activation, c.rows, x, indices, bias, y);
     } else if (f.op == Form::kMixed) {
       const qc_outliers outliers = {int64_t(c.columns.size()), placed(b.columns, c.columns), placed(b.outliers, c.outliers)};
       code = qc_linear_mixed(&context, &weight, f.activation, range, &outliers, c.rows, x, bias, y);
     } else {
-      code = qc_linear_nbit(&context, &weight, f.activation, range, c.rows, x, bias, y);
+      code = qc_linear_nbit(&context, &weight, f.activation, range, nullptr, c.rows, x, bias, y);
     }
   }
   if (code) stop(c, isa, qc_last_error());

@@ -72,7 +72,7 @@ class Library:
         }.items():
             getattr(c, name).restype = i64
             getattr(c, name).argtypes = arguments
-        c.qc_linear_nbit.argtypes = [pointer, pointer, i32, pointer, i64, pointer, pointer, pointer]
+        c.qc_linear_nbit.argtypes = [pointer, pointer, i32, pointer, pointer, i64, pointer, pointer, pointer]
         c.qc_linear_mixed.argtypes = [pointer, pointer, i32, pointer, pointer, i64, pointer, pointer, pointer]
         c.qc_embedding_nbit.argtypes = [pointer, pointer, i64, pointer, pointer]
         c.qc_pool_set_threads.argtypes = [i32]
@@ -119,7 +119,7 @@ class Library:
         before.append(ctypes.addressof(static) if static else None)
         after = (rows, _address(x), _address(bias), _address(y))
         if taken is None:
-            self.check(self.c.qc_linear_nbit(*before, *after))
+            self.check(self.c.qc_linear_nbit(*before, None, *after))
         else:
             self.check(self.c.qc_linear_mixed(*before, ctypes.addressof(taken), *after))
         del keep

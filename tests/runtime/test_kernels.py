@@ -329,7 +329,7 @@ def error_of(
     if indices is None:
         x, y = (address if given else None for given in (x, y))
         range_ = ctypes.addressof(range_) if range_ else None
-        code = LIBRARY.c.qc_linear_nbit(context, weight, activation, range_, rows, x, None, y)
+        code = LIBRARY.c.qc_linear_nbit(context, weight, activation, range_, None, rows, x, None, y)
     else:
         array = np.array(indices, np.int64)
         code = LIBRARY.c.qc_embedding_nbit(context, weight, len(indices), array.ctypes.data, address)

@@ -266,7 +266,7 @@ def error_of(weight, *, activation=FLOAT, rows=1, x=True, y=True, context=None, 
     weight = ctypes.addressof(weight) if weight else None
     at = values.ctypes.data
     if indices is None and count is None:
-        code = LIBRARY.c.qc_linear_vq(context, weight, activation, rows, at if x else None, None, at if y else None)
+        code = LIBRARY.c.qc_linear_vq(context, weight, activation, None, rows, at if x else None, None, at if y else None)
     else:
         array = np.array(indices or [], np.int64)
         pointer = array.ctypes.data if indices else None

@@ -35,7 +35,7 @@ class VqLibrary(Library):
         }.items():
             getattr(self.c, name).restype = i64
             getattr(self.c, name).argtypes = arguments
-        self.c.qc_linear_vq.argtypes = [pointer, pointer, i32, i64, pointer, pointer, pointer]
+        self.c.qc_linear_vq.argtypes = [pointer, pointer, i32, pointer, i64, pointer, pointer, pointer]
         self.c.qc_embedding_vq.argtypes = [pointer, pointer, i64, pointer, pointer]
 
     def describe_vq(self, weight: VqWeight, place=np.array) -> tuple[QcVqWeight, list]:
@@ -53,7 +53,7 @@ class VqLibrary(Library):
         context = self.context(isa, threads)
         at = ctypes.addressof
         self.check(
-            self.c.qc_linear_vq(at(context), at(description), activation, rows, _address(x), _address(bias), _address(y))
+            self.c.qc_linear_vq(at(context), at(description), activation, None, rows, _address(x), _address(bias), _address(y))
         )
         del keep
         return y

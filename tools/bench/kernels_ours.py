@@ -128,7 +128,7 @@ class Ours:
         calls = []
         for at in places:
             weight = self._weight(case, format, at)
-            between = () if isinstance(format, VqFormat) else (None,)
+            between = (None,) if isinstance(format, VqFormat) else (None, None)  # edges; range and edges
             arguments = (self.activation.value, *between, case.rows, x.ctypes.data, None, y.ctypes.data)
             calls.append((ctypes.byref(context), ctypes.byref(weight), *arguments))
 

@@ -144,7 +144,7 @@ QC_INLINE void store(const LinearJob& job, int64_t tile, int h, int64_t row, __m
   if (job.bias) acc = _mm256_add_ps(acc, _mm256_maskload_ps(job.bias + first, mask));
   const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
   acc = _mm256_blendv_ps(acc, nan, _mm256_cmp_ps(acc, acc, _CMP_UNORD_Q));
-  _mm256_maskstore_ps(job.y + row * job.weight.n + first, mask, acc);
+  _mm256_maskstore_ps(job.y + row * job.y_stride + first, mask, acc);
 }
 
 using TileFunction = void (*)(const LinearJob& job, int64_t tile, int64_t block);

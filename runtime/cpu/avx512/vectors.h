@@ -114,7 +114,7 @@ QC_INLINE void store(const LinearJob& job, int64_t tile, int64_t row, __m512 acc
   if (job.bias) acc = _mm512_add_ps(acc, _mm512_maskz_loadu_ps(mask, job.bias + first));
   const __mmask16 nan = _mm512_cmp_ps_mask(acc, acc, _CMP_UNORD_Q);
   acc = _mm512_mask_mov_ps(acc, nan, _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
-  _mm512_mask_storeu_ps(job.y + row * job.weight.n + first, mask, acc);
+  _mm512_mask_storeu_ps(job.y + row * job.y_stride + first, mask, acc);
 }
 
 using TileFunction = void (*)(const LinearJob& job, int64_t tile, int64_t block);

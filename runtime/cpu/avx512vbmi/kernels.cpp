@@ -7,6 +7,7 @@ namespace qc {
 
 extern const Kernels kAvx512VbmiKernels = {
     "avx512vbmi",        avx512::kInt8BlockRows, avx512::kFloatBlockRows, avx512::quantize_row, avx512::linear_int8,
-    avx512::linear_float, avx512vbmi::vq_int8,   avx512vbmi::vq_float,    avx512::add_outliers};
+    avx512::linear_float, avx512vbmi::vq_int8,   avx512vbmi::vq_float,    avx512::add_outliers,
+    &kAvx512Edges};
 
 }  // namespace qc

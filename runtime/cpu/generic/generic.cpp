@@ -76,7 +76,7 @@ void store(const LinearJob& job, int64_t tile, int64_t row, const float acc[kTil
     float value = job.offset ? acc[r] + job.offset[first + r] : acc[r];
     if (job.bias) value += job.bias[first + r];
     // One NaN for all ISAs: which operand's sign and payload survives is not portable.
-    job.y[row * job.weight.n + first + r] = std::isnan(value) ? std::numeric_limits<float>::quiet_NaN() : value;
+    job.y[row * job.y_stride + first + r] = std::isnan(value) ? std::numeric_limits<float>::quiet_NaN() : value;
   }
 }
 

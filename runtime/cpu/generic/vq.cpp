@@ -49,7 +49,7 @@ void store(const LinearJob& job, int64_t tile, int64_t row, const float acc[kTil
   const int64_t first = tile * kTileRows, count = std::min(kTileRows, job.weight.n - first);
   for (int64_t r = 0; r < count; ++r) {
     const float value = job.bias ? acc[r] + job.bias[first + r] : acc[r];
-    job.y[row * job.weight.n + first + r] = std::isnan(value) ? std::numeric_limits<float>::quiet_NaN() : value;
+    job.y[row * job.y_stride + first + r] = std::isnan(value) ? std::numeric_limits<float>::quiet_NaN() : value;
   }
 }
 

@@ -190,7 +190,7 @@ QC_INLINE void store(const LinearJob& job, int64_t tile, int q, int64_t row, flo
   if (row >= job.rows || left <= 0) return;
   if (job.offset) acc = vaddq_f32(acc, load_first(job.offset + first, left));
   if (job.bias) acc = vaddq_f32(acc, load_first(job.bias + first, left));
-  store_first(job.y + row * job.weight.n + first, with_one_nan(acc), left);
+  store_first(job.y + row * job.y_stride + first, with_one_nan(acc), left);
 }
 
 using TileFunction = void (*)(const LinearJob& job, int64_t tile, int64_t block);
