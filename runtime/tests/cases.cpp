@@ -64,8 +64,11 @@ void fill_row(float* x, int64_t k, Random& random) {
 
 }  // namespace
 
+constexpr const char* kOps[] = {"linear", "mixed", "experts", "vq"};
+
+std::string Form::op_name() const { return std::string(kOps[op]) + (activation == QC_ACT_FLOAT ? "-float" : "-int8"); }
+
 std::string Form::name() const {
-  constexpr const char* kOps[] = {"linear", "mixed", "experts", "vq"};
   constexpr const char* kActivations[] = {"float", "token", "block", "static"};
   std::string out = std::string(kOps[op]) + " ";
   if (op == kVq) {
@@ -102,7 +105,9 @@ std::vector<Form> all_forms() {
 
 std::string Case::name() const {
   return form.name() + ", n " + std::to_string(n) + ", k " + std::to_string(k) + ", rows " + std::to_string(rows) +
-         ", threads " + std::to_string(threads);
+         ", threads " + std::to_string(threads) +
+         (has_edges() ? ", gate " + std::to_string(gate) + (norm.empty() ? "" : ", norm") + (residual.empty() ? "" : ", residual")
+                      : "");
 }
 
 Case make_case(const Form& form, int64_t n, int64_t k, int64_t rows, Random& random) {
@@ -146,7 +151,16 @@ Case random_case(const Form& form, int64_t rows, Random& random) {
   const int64_t n = random.one_in(8) ? random.from(1, 140) : random.from(1, 40);
   int64_t k = random.one_in(2) ? kColumns[random.below(std::size(kColumns))] : random.from(1, 300);
   if (random.one_in(30)) k = random.from(500, 1100);
-  return make_case(form, n, k, rows, random);
+  if ((form.op != Form::kLinear && form.op != Form::kVq) || !random.one_in(3)) return make_case(form, n, k, rows, random);
+  const int32_t gate = int32_t(random.from(QC_GATE_NONE, QC_GATE_GELU));
+  Case c = make_case(form, gate == QC_GATE_NONE ? n : 32 * random.from(1, 4), k, rows, random);
+  c.gate = gate;
+  if (random.one_in(2)) {
+    c.norm = filled(k, random, unit);
+    c.epsilon = random.one_in(4) ? 0.0f : 1e-5f;
+  }
+  if (random.one_in(2)) c.residual = filled(rows * c.columns_of_y(), random, unit);
+  return c;
 }
 
 std::vector<Case> special_cases(Random& random) {

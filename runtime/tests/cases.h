@@ -35,6 +35,7 @@ struct Form {
   int32_t dim, centroids, block_rows, block_columns;  // kVq
 
   std::string name() const;
+  std::string op_name() const;  // the op and whether its activations are "float" or "int8"
 };
 
 std::vector<Form> all_forms();
@@ -49,14 +50,17 @@ struct Case {
   std::vector<int8_t> codebooks, range_zero;
   std::vector<int32_t> columns;
   std::vector<int64_t> indices;  // experts of the rows; rows of the matrix for the embedding
-  std::vector<float> x, bias, range_offset;
-  float range_scale = 0;
+  std::vector<float> x, bias, range_offset, norm, residual;
+  float range_scale = 0, epsilon = 0;
+  int32_t gate = QC_GATE_NONE;
 
+  bool has_edges() const { return !norm.empty() || !residual.empty() || gate != QC_GATE_NONE; }
+  int64_t columns_of_y() const { return gate == QC_GATE_NONE ? n : n / 2; }
   std::string name() const;
 };
 
 Case make_case(const Form& form, int64_t n, int64_t k, int64_t rows, Random& random);
-// The shape at random too but for the rows.
+// The shape at random too but for the rows; now and then with edges (qc_linear_edges), where the op has them.
 Case random_case(const Form& form, int64_t rows, Random& random);
 // The longest rows, all of whose values are of the largest magnitude, and matrices large enough to be cut into pieces.
 std::vector<Case> special_cases(Random& random);
