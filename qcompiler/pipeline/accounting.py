@@ -9,7 +9,7 @@ from qcompiler.lower.edit import stored
 from qcompiler.lower.external import INLINE_BYTES
 from qcompiler.ops import SPECS
 from qcompiler.ops.activation_range import INPUTS
-from qcompiler.ops.formats import Activation, parse_weight_format
+from qcompiler.ops.formats import Activation, VqFormat, parse_weight_format
 from qcompiler.ops.linear_mixed import outlier_bytes
 from qcompiler.ops.packing import format_of, packed_bytes_of
 from qcompiler.ops.spec import DOMAIN
@@ -121,15 +121,23 @@ def planned_totals(
     records = layer_records(quantizer)
     for record in _once(records):
         if record["format"] != "float32":
-            for key, value in bytes_of(*record["shape"], parse_weight_format(record["format"])).items():
-                totals[key] += record["experts"] * value
+            format = parse_weight_format(record["format"])
+            for key, value in bytes_of(*record["shape"], format).items():
+                if not (key == "codebooks" and _follows(record) and isinstance(format, VqFormat) and not format.block_rows):
+                    totals[key] += record["experts"] * value
     for record in records:  # a site's own, also where it shares its weight
         beside = record.get("beside")
         if beside is None and record.get("activation") == Activation.INT8_STATIC.label:
             beside = {"activations": 5 + 4 * record["shape"][0]}  # before calibration: as if there were a zero point
         for key, value in (beside or {}).items():
-            totals[key] += value
+            # scale and zero point are those of the first part; the offset is the layer's own
+            totals[key] += value // 4 * 4 - 4 if key == "activations" and _follows(record) else value
     return totals
+
+
+def _follows(record: dict[str, Any]) -> bool:
+    """Whether the layer is part of a fused op and not its first: what all rows share is stored once."""
+    return record.get("packed_rows", [0])[0] > 0
 
 
 def packed_totals(model: ir.Model) -> dict[str, int]:
@@ -148,7 +156,7 @@ def packed_totals(model: ir.Model) -> dict[str, int]:
             continue
         seen.add(id(codes))
         present = [name for name, value in zip(names, node.inputs, strict=False) if value is not None]
-        attributes = {name: node.attributes.get_int(name) for name in by_name[node.op_type].attributes}
+        attributes = by_name[node.op_type].read(node.attributes)
         experts = attributes.get("experts", 1)
         for key, value in packed_bytes_of(attributes["n"], attributes["k"], format_of(attributes, present)).items():
             totals[key] += experts * value

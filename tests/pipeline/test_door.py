@@ -141,7 +141,7 @@ def test_function_bodies_make_it_run_anywhere(decode: Any, decoder: Any, tmp_pat
     _, quantizer, folder = decoder
     program = ir.load(folder / "model.onnx")
     counts = attach_bodies(program)
-    assert sum(counts.values()) == len(quantizer.graph.sites)
+    assert sum(counts.values()) == len({site.node for site in quantizer.graph.sites})
     assert attach_bodies(program) == counts, "a second time changes nothing"
     ir.save(program, tmp_path / "portable.onnx", external_data="portable.onnx.data")
     assert_close(by_runtime(str(tmp_path / "portable.onnx"), plain_options(), inputs), by_torch(quantizer, inputs))
