@@ -90,7 +90,7 @@ def compiled(path: Path, source: str, recipe: dict[str, Any], target: str) -> Fa
     """The artifact of `source` at `path`."""
     import qcompiler
 
-    qcompiler.compile(source, output=str(path), recipe=recipe, target=target)
+    qcompiler.compile(source, output=str(path), recipe=recipe, target=target)  # type: ignore[arg-type]
     return {"bytes_a_token": read_a_token(path), "data": "model.onnx.data", "file_bytes": _size(path)}
 
 
