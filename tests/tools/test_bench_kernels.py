@@ -104,7 +104,7 @@ def shown(found: dict) -> str:
 def test_the_report_names_goals_peers_and_what_was_skipped() -> None:
     text = shown(results())
     assert "skipped: x, y: why" in text
-    assert "weights a second, ratios to onnxruntime" in text
+    assert "weights a second, median ratios to onnxruntime" in text
     assert "goals: 0 of 5 reached" in text  # two shares of the read limit, three ratios
     assert "goals" not in shown(results(resident=True))
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -97,9 +98,10 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         raise UsageError("nothing to measure: --formats and --peers are both none")
     order, settings = random.Random(chosen.seed), []
     skipped: dict[str, str] = {}
-    for count in dict.fromkeys(threads):
+    for count in threads:
         limits = Limits(weights.address, max(64, weights.codes_bytes), count)
-        for row in dict.fromkeys(rows):
+        for row in rows:
+            _tell(f"setting {len(settings) + 1} of {len(threads) * len(rows)}")
             case = Case(n, k, row, count, first.weight_bytes, PREFILL_MATRICES if row > DECODE_ROWS else None)
             settings.append(_setting(case, [*sides, *peers], limits, order, skipped, chosen))
     return {
@@ -222,14 +224,14 @@ def _numbers(name: str, text: str) -> list[int]:
         values = [0]
     if min(values) < 1:
         raise UsageError(f"--{name} is {text!r}, expected numbers from 1 up with commas between them")
-    return values
+    return list(dict.fromkeys(values))
 
 
 def _shape(text: str) -> tuple[int, int]:
-    sides = _numbers("shape", text.replace("x", ","))
-    if len(sides) != 2:
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not found:
         raise UsageError(f"--shape is {text!r}, expected two numbers as 4096x4096")
-    return sides[0], sides[1]
+    return int(found[1]), int(found[2])
 
 
 def _tell(text: str) -> None:

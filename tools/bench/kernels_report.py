@@ -152,9 +152,9 @@ def peer_tables(found: dict[str, Any]) -> list[Table]:
     for family in dict.fromkeys(side["family"] for side in sides.values() if side["family"] != "ours"):
         others = [name for name, side in sides.items() if side["family"] == family]
         columns = (Column("ours"), *(Column(f"/ {name}", right=True) for name in others))
-        rows = [(name, *(written(sides[name]["ratios"][other], 2) for other in others)) for name in ours]
+        rows = [(name, *(f"{sides[name]['ratios'][other]['median']:.2f}" for other in others)) for name in ours]
         if rows:
-            tables.append(Table(f"{heading(found)}: weights a second, ratios to {family}", columns, rows))
+            tables.append(Table(f"{heading(found)}: weights a second, median ratios to {family}", columns, rows))
     return tables
 
 

@@ -24,9 +24,13 @@ def unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
 
 
 def scales(rng: np.random.Generator, shape: tuple[int, ...], k: int, bits: int) -> np.ndarray:
-    """Float32 scales of uniform codes around their centre, such that a product keeps the size of its activations."""
-    deviation = 2**bits / 12**0.5  # of uniform codes
-    return rng.uniform(0.5, 1.5, shape).astype(np.float32) / np.float32(deviation * 1.04 * k**0.5)
+    """Float32 scales of uniform codes around 2^(bits-1), such that a product keeps the size of its activations.
+
+    Their signs are random: the mean of such codes is -1/2, and a chain of weights with a mean of one sign would grow.
+    """
+    size = ((4**bits + 2) / 12 * 13 / 12) ** 0.5  # root of the mean square of the codes, and of the magnitudes below
+    magnitudes = rng.uniform(0.5, 1.5, shape) / (size * k**0.5)
+    return (magnitudes * rng.choice([-1, 1], shape)).astype(np.float32)
 
 
 def spread(values: np.ndarray, group: int) -> np.ndarray:
