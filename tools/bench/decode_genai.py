@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler.runtime.artifact import Artifact, open_artifact
 from tools.bench.artifacts import Facts, artifact, kept
 from tools.bench.decode_engines import Skip
 
@@ -33,12 +34,12 @@ def write(path: Path, source: str) -> Facts:
     import onnx
     from onnx import TensorProto, helper
 
-    manifest = json.loads((Path(source) / "manifest.json").read_text())
-    roles = {info["role"]: info["name"] for info in manifest["inputs"]}
+    opened = open_artifact(source)
+    roles = {info.role: info.name for info in opened.inputs}
     if unknown := roles.keys() - {"tokens", "positions", "past_length", "logits_to_keep", "past_key", "past_value"}:
         raise Skip(f"its decoder models have nothing to feed to {', '.join(sorted(unknown))}")
-    if manifest["cache"]["kind"] != "shared":
-        raise Skip(f"adapted to a shared cache only, this is {manifest['cache']['kind']}")
+    if opened.cache is None or opened.cache.kind != "shared" or opened.cache.states:
+        raise Skip("adapted to a shared cache of keys and values only")
     model = onnx.load(Path(source) / "model.onnx", load_external_data=False)
     graph = model.graph
     replaced = {roles[role] for role in ("past_length", "logits_to_keep") if role in roles}
@@ -65,21 +66,22 @@ def write(path: Path, source: str) -> Facts:
         os.link(Path(source) / "model.onnx.data", data)
     except OSError:
         shutil.copyfile(Path(source) / "model.onnx.data", data)
-    vocabulary = next(info for info in manifest["outputs"] if info["role"] == "logits")["shape"][-1]
-    config = configuration(manifest, json.loads((Path(source) / "config.json").read_text()), roles, vocabulary)
-    (path / "genai_config.json").write_text(json.dumps(config, indent=1))
+    config = json.loads((Path(source) / "config.json").read_text())
+    (path / "genai_config.json").write_text(json.dumps(configuration(opened, config, roles), indent=1))
     return {}
 
 
-def configuration(manifest: dict[str, Any], config: dict[str, Any], roles: dict[str, str], vocabulary: int) -> dict[str, Any]:
+def configuration(opened: Artifact, config: dict[str, Any], roles: dict[str, str]) -> dict[str, Any]:
     """What GenAI must know of the graph; threads and length are put in when it is opened."""
-    layers = manifest["cache"]["layers"]
+    assert opened.cache is not None
+    layers = opened.cache.layers
     first = layers[0]
+    vocabulary = next(info for info in opened.outputs if info.role == "logits").shape[-1]
 
     def pattern(what: str) -> str:
-        name = first[what].replace(".0.", ".%d.")
-        if any(layer[what] != name % index for index, layer in enumerate(layers)):
-            raise Skip(f"its names of a cache follow one pattern, {first[what]!r} and the others do not")
+        name = getattr(first, what).replace(".0.", ".%d.")
+        if any(getattr(layer, what) != name % index for index, layer in enumerate(layers)):
+            raise Skip(f"its names of a cache follow one pattern, {getattr(first, what)!r} and the others do not")
         return name
 
     inputs = {"input_ids": roles["tokens"], "attention_mask": "attention_mask"}
@@ -87,8 +89,8 @@ def configuration(manifest: dict[str, Any], config: dict[str, Any], roles: dict[
         inputs["position_ids"] = roles["positions"]
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []}, "filename": "model.onnx",
-        "head_size": first["head_dim"], "hidden_size": config["hidden_size"], "num_hidden_layers": len(layers),
-        "num_attention_heads": config["num_attention_heads"], "num_key_value_heads": first["heads"],
+        "head_size": first.head_dim, "hidden_size": config["hidden_size"], "num_hidden_layers": len(layers),
+        "num_attention_heads": config["num_attention_heads"], "num_key_value_heads": first.heads,
         "inputs": inputs | {"past_key_names": pattern("past_key"), "past_value_names": pattern("past_value")},
         "outputs": {
             "logits": "logits", "present_key_names": pattern("present_key"), "present_value_names": pattern("present_value"),
@@ -96,7 +98,7 @@ def configuration(manifest: dict[str, Any], config: dict[str, Any], roles: dict[
     }  # fmt: skip
     return {
         "model": {
-            "type": "llama", "decoder": decoder, "vocab_size": vocabulary, "context_length": manifest["context"],
+            "type": "llama", "decoder": decoder, "vocab_size": vocabulary, "context_length": opened.context,
             "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,  # of no consequence: tokens are given, not generated
         },
         "search": {SHARED: True, "do_sample": False, "num_beams": 1, "batch_size": 1},
