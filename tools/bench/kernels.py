@@ -96,7 +96,8 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     ]
     if not sides and not peers:
         raise UsageError("nothing to measure: --formats and --peers are both none")
-    order, settings = random.Random(chosen.seed), []
+    order = random.Random(chosen.seed)
+    settings: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
     for count in threads:
         limits = Limits(weights.address, max(64, weights.codes_bytes), count)
