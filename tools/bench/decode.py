@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 
 from qcompiler.report import tables
-from tools.bench import decode_sides, limit, models
+from tools.bench import decode_sides, models
 from tools.bench.decode_engines import Skip
+from tools.bench.decode_limit import Read
 from tools.bench.decode_process import WARM_UP, SideError, Worker, processor_seconds
 from tools.bench.decode_sides import PEERS, Side
 from tools.bench.decode_table import RATES, document, spread
@@ -100,7 +101,7 @@ def case(name: str, work: Path, chosen: argparse.Namespace) -> dict[str, Any]:
     rounds = []
     with contextlib.ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(side.kind, chosen.threads)) for name, side in sides.items()}
-        reads = [limit.Read(side.data, chosen.threads) for side in sides.values()]
+        reads = [Read(side.data, chosen.threads) for side in sides.values()]
         for index in range(chosen.repeats + 1):
             _tell(f"{label}: round {index} of {chosen.repeats}")
             rounds.append(round_of(sides, workers, reads, order, _text(order, vocabulary, prompt), chosen.tokens))
@@ -122,7 +123,7 @@ def _text(order: random.Random, vocabulary: int, length: int) -> np.ndarray:
 def round_of(
     sides: dict[str, Side],
     workers: dict[str, Worker],
-    reads: list[limit.Read],
+    reads: list[Read],
     order: random.Random,
     tokens: np.ndarray,
     new: int,

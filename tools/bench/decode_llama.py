@@ -100,7 +100,7 @@ def quantize(path: Path, plain: str, variant: str) -> Facts:
     _quiet()
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{variant}")
-    parameters.nthread = 1
+    parameters.nthread = 0  # one for each processor
     failed = llama_cpp.llama_model_quantize(plain.encode(), str(path).encode(), ctypes.byref(parameters))
     if failed or not path.is_file():
         raise Skip(f"llama_model_quantize to {variant} returned {failed}")

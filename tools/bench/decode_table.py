@@ -13,9 +13,9 @@ import numpy as np
 from qcompiler.report.doctor import cpu_model
 from qcompiler.report.environment import environment
 from qcompiler.report.tables import Column, Document, Table, Text
-from tools.bench import limit
 from tools.bench.artifacts import git
 from tools.bench.decode_goals import goals
+from tools.bench.decode_limit import DESCRIPTION
 
 RATES = ("decode", "prefill", "load")  # the higher the better
 PACKAGES = ("onnxruntime", "onnxruntime-genai", "openvino", "nncf", "llama-cpp-python", "gguf")
@@ -34,14 +34,14 @@ def document(cases: list[dict[str, Any]], chosen: argparse.Namespace) -> Documen
     data = {
         "command": sys.argv[1:], "commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno")),
         "machine": machine, "packages": versions, "threads": chosen.threads, "rounds": chosen.repeats,
-        "tokens": chosen.tokens, "limit": limit.DESCRIPTION, "cases": [case | {"goals": goals(case)} for case in cases],
+        "tokens": chosen.tokens, "limit": DESCRIPTION, "cases": [case | {"goals": goals(case)} for case in cases],
     }  # fmt: skip
     lines = [
         f"{machine['cpu']}, {machine['processors']} processors (load {machine['load']:.1f}), kernels {machine['isa']}, "
         f"{chosen.threads} threads, commit {data['commit'][:10]}{'+' if data['changed'] else ''}",
         ", ".join(f"{package} {version}" for package, version in versions.items()),
         f"medians of {chosen.repeats} interleaved rounds, quartiles in brackets; {chosen.tokens} tokens decoded a round",
-        f"limit: {limit.DESCRIPTION}",
+        f"limit: {DESCRIPTION}",
         "ratios: in the same round, above 1 the row is faster; small models fit into the caches",
         "memory: beyond what the process had before it opened the model; mapped pages that were read count as resident",
     ]
