@@ -109,7 +109,7 @@ class QuantizeSites(Pass):
                     given[name] = fx.get_attr(held)
                     given[name].meta["val"] = constants.attribute(graph.module, held)
             inputs = [given.get(i.name) for i in spec.inputs]
-            new = fx.call_function(overload(spec.name), (*inputs, *(attributes[name] for name in spec.attributes)))
+            new = fx.call_function(overload(spec.name), (*inputs, *spec.values(attributes)))
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         fx.erase_node(node)

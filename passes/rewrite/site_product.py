@@ -171,7 +171,7 @@ class SiteProduct:
         `[rows]`."""
         spec, given = SPECS[self.name], {"x": x, "bias": bias, "expert": expert, **self.tensors}
         inputs = [given.get(i.name) for i in spec.inputs]
-        return overload(self.name)(*inputs, *(self.attributes[name] for name in spec.attributes))
+        return overload(self.name)(*inputs, *spec.values(self.attributes))
 
 
 def quantized_product(

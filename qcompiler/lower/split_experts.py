@@ -35,7 +35,7 @@ def split_experts(model: ir.Model) -> dict[str, str]:
 def _split(graph: ir.Graph, node: ir.Node, parts: dict[str, list[ir.Value]]) -> ir.Value:
     given = {i.name: v for i, v in zip(SPECS["linear_experts_nbit"].inputs, node.inputs, strict=False)}
     linear, experts = SPECS["linear_nbit"], node.attributes.get_int("experts")
-    attributes = {name: node.attributes.get_int(name) for name in linear.attributes}
+    attributes = {name: node.attributes.get_int(name) for name in linear.attributes if name not in linear.defaults}
     for name in ("codes", "scales", "zeros", "bias"):
         value = given.get(name)
         if value is not None and name_of(value) not in parts:

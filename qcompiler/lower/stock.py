@@ -20,7 +20,7 @@ import onnx_ir as ir
 from qcompiler.errors import UnsupportedError
 from qcompiler.lower.edit import MICROSOFT, initializer, insert_before, name_of, operand, stored, substitute
 from qcompiler.lower.split_experts import split_experts
-from qcompiler.lower.stock_products import StaticMatrix, inputs_of, read_bytes, takes_static, without_outliers
+from qcompiler.lower.stock_products import StaticMatrix, edges_of, inputs_of, read_bytes, takes_static, without_outliers
 from qcompiler.ops import layout
 from qcompiler.ops.formats import Activation, AffineFormat
 from qcompiler.ops.spec import DOMAIN
@@ -124,6 +124,11 @@ def to_stock(model: ir.Model) -> dict[str, dict[str, int]]:
             continue
         if node.op_type not in _LOWER:
             raise UnsupportedError(f"node {node.name}: the target `onnx-stock` has nothing in place of {node.op_type}")
+        if given := edges_of(node):
+            raise UnsupportedError(
+                f"node {node.name}: the target `onnx-stock` has nothing in place of {node.op_type} with {', '.join(given)}; "
+                "compile without fusing what stands before and after the products"
+            )
         codes = name_of(node.inputs[1])
         if codes not in weights:
             weights[codes] = _convert(model.graph, node)

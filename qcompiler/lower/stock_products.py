@@ -48,6 +48,13 @@ def _insert(node: ir.Node, op: str, inputs: list[ir.Value | None], domain: str =
     return new.outputs[0]
 
 
+def edges_of(node: ir.Node) -> list[str]:
+    """What the node does besides its product (`qcompiler.ops.linear_edges`), by the names of its declaration."""
+    given = inputs_of(node)
+    names = [name for name in ("norm", "residual") if given.get(name) is not None]
+    return ["gate"] * bool(node.attributes.get_int("gate", 0)) + names
+
+
 @dataclass
 class StaticMatrix:
     """A weight as MatMulIntegerToFloat reads it: int8 `[k, n]`, a scale (and zero point) a column.

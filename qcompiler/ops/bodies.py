@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from qcompiler.ops import body_edges
 from qcompiler.ops.activation_range import INPUTS
 from qcompiler.ops.body_arithmetic import StaticRange, add_outliers, float_product, integer_product, without_columns
 from qcompiler.ops.body_builder import Body
@@ -27,11 +28,12 @@ def linear_nbit(spec: OpSpec, overload: str, attributes: dict[str, int], present
     """The body of `LinearNBit` for one variant."""
     b = Body(spec.attributes, overload)
     inputs = {i.name: ir.Value(name=i.name) for i in spec.inputs}
-    x, codes, scales = inputs["x"], inputs["codes"], inputs["scales"]
+    x, codes, scales = body_edges.normalized(b, inputs, present), inputs["codes"], inputs["scales"]
     zeros = inputs["zeros"] if "zeros" in present else None
     y = _product(b, x, codes, scales, zeros, attributes, _static_range(inputs, present))
     if "bias" in present:
         y = b.op("Add", y, inputs["bias"])
+    y = body_edges.finished(b, y, inputs, attributes, present)
     return b.function(spec, overload, list(inputs.values()), y)
 
 

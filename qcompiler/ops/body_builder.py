@@ -73,6 +73,13 @@ class Body(Nodes):
             self._attributes[name] = self.op("Reshape", self.add(node, name), self.ints(1))
         return self._attributes[name]
 
+    def float_attribute(self, name: str) -> ir.Value:
+        """The function's float attribute, a scalar."""
+        if name not in self._attributes:
+            node = ir.Node("", "Constant", [], attributes=[ir.RefAttr("value_float", name, ir.AttributeType.FLOAT)])
+            self._attributes[name] = self.add(node, name)
+        return self._attributes[name]
+
     def tile_rows(self, columns: ir.Value) -> ir.Value:
         """The shape `[tiles, 16, columns]`; the unknown is the first, so that no tiles at all is not ambiguous."""
         return self.op("Concat", self.ints(-1, TILE), columns, axis=0)
@@ -129,7 +136,8 @@ class Body(Nodes):
 
     def function(self, spec: OpSpec, overload: str, inputs: Sequence[ir.Value], output: ir.Value) -> ir.Function:
         graph = ir.Graph(inputs, [output], nodes=self.nodes, opset_imports={"": STANDARD_OPSET})
-        attributes = [ir.Attr(name, ir.AttributeType.INT, None) for name in self.attribute_names]
+        kind = lambda name: ir.AttributeType.FLOAT if spec.is_float(name) else ir.AttributeType.INT  # noqa: E731
+        attributes = [ir.Attr(name, kind(name), spec.defaults.get(name)) for name in self.attribute_names]
         return ir.Function(DOMAIN, spec.onnx_name, overload, graph=graph, attributes=attributes)
 
 

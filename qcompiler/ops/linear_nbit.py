@@ -1,4 +1,4 @@
-"""`linear_nbit`: y = x · Wᵀ (+ bias) with a packed affine weight of 8, 4, 3 or 2 bits."""
+"""`linear_nbit`: y = x · Wᵀ (+ bias) with a packed affine weight of 8, 4, 3 or 2 bits, and its edges."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.ops import layout
+from qcompiler.ops import layout, linear_edges
 from qcompiler.ops.activation_range import INPUTS, given_range, quantize_static, range_inputs
 from qcompiler.ops.formats import ACTIVATION_BLOCK, BITS, GROUPS, LAYOUT_VERSION, Activation, AffineFormat
 from qcompiler.ops.spec import Case, Input, OpSpec, declare
@@ -50,7 +50,7 @@ def unpack(inputs: Mapping[str, Any], attributes: Mapping[str, int]) -> tuple[np
 
 def reference(inputs: Mapping[str, Any], attributes: Mapping[str, int]) -> np.ndarray:
     """The arithmetic of docs/layout.md, segment by segment, accumulated in float64."""
-    x = np.asarray(inputs["x"], np.float32)
+    x = linear_edges.normalized(inputs, attributes)
     n, k, group = attributes["n"], attributes["k"], attributes["group"]
     activation = Activation(attributes["activation"])
     centred, scales = unpack(inputs, attributes)
@@ -72,15 +72,19 @@ def reference(inputs: Mapping[str, Any], attributes: Mapping[str, int]) -> np.nd
         y += dot * (weight_scale[None, :] * sa[:, start].astype(np.float64)[:, None])
     if inputs.get("bias") is not None:
         y += inputs["bias"]
-    return y.astype(np.float32).reshape(*x.shape[:-1], n)
+    return linear_edges.finished(y.astype(np.float32).reshape(*x.shape[:-1], n), inputs, attributes)
 
 
 def variant(attributes: Mapping[str, int], present: frozenset[str]) -> str:
-    """For instance `int4-g32-sym_int8-block128_bias`, `int8-row-sym_int8-static_zero`."""
+    """For instance `int4-g32-sym_int8-block128_bias`, `int8-row-sym_int8-static_zero`, `int4-g32-sym_float_norm_silu`.
+
+    Raises:
+        ValueError: edges that do not fit.
+    """
     weight = AffineFormat(attributes["bits"], attributes["group"], "zeros" not in present).label
     parts = [weight, Activation(attributes["activation"]).label]
     parts += [word for word, name in (("zero", "activation_zero"), ("bias", "bias")) if name in present]
-    return "_".join(parts)
+    return "_".join(parts + linear_edges.words(attributes, present))
 
 
 def random_weight(
@@ -121,6 +125,19 @@ def cases() -> Iterable[Case]:
     """Every format and activation, with whole and short tiles, groups and blocks, one row and several."""
     yield from _dynamic_cases()
     yield from _static_cases()
+    yield from linear_edges.cases(_plain_case)
+
+
+def _plain_case(rng: np.random.Generator, lead: tuple[int, ...], n: int, k: int, number: int) -> Case:
+    """Widths, groups, kinds of activation and zero points in turn, each at its own pace."""
+    format = AffineFormat(BITS[number % 4], GROUPS[number // 4 % 4], number % 3 > 0)
+    activation = Activation((number + number // 4) % 4)
+    tensors, attributes = random_weight(rng, n, k, format)
+    tensors |= random_range(rng, tensors, attributes, activation, number % 2 > 0)
+    x = rng.standard_normal((*lead, k)).astype(np.float32)
+    bias = rng.standard_normal(n).astype(np.float32) if number % 5 > 1 else None
+    label = f"{format.label} {activation.label} x{list(x.shape)} n{n}{'' if bias is None else ' bias'}"
+    return Case(label, {"x": x, **tensors, "bias": bias}, {**attributes, "activation": int(activation)})
 
 
 def _static_cases() -> Iterable[Case]:
@@ -171,7 +188,8 @@ LINEAR_NBIT = declare(
     OpSpec(
         name="linear_nbit",
         onnx_name="LinearNBit",
-        doc="Y[..., n] = X[..., k] · Wᵀ + bias, W[n, k] = S · (q − Z) packed in layout W16x4.",
+        doc="Y[..., n] = X[..., k] · Wᵀ + bias, W[n, k] = S · (q − Z) packed in layout W16x4. With norm X is RMSNorm(X); "
+        "with gate n = 2h and Y[..., h] = act(Y[..., :h]) · Y[..., h:]; then + residual.",
         inputs=(
             Input("x", "float32"),
             Input("codes", "uint8"),
@@ -179,11 +197,13 @@ LINEAR_NBIT = declare(
             Input("zeros", "uint8", optional=True),
             Input("bias", "float32", optional=True),
             *RANGE_INPUTS,
+            *linear_edges.INPUTS,
         ),
-        attributes=("bits", "group", "n", "k", "activation", "layout_version"),
-        output_shape=lambda shapes, attributes: (*shapes["x"][:-1], attributes["n"]),
+        attributes=("bits", "group", "n", "k", "activation", "layout_version", *linear_edges.DEFAULTS),
+        output_shape=lambda shapes, attributes: (*shapes["x"][:-1], linear_edges.output_columns(attributes)),
         reference=reference,
         variant=variant,
         cases=cases,
+        defaults=linear_edges.DEFAULTS,
     )
 )

@@ -1,4 +1,4 @@
-"""`linear_vq`: y = x · Wᵀ (+ bias) with a packed vector-quantized weight."""
+"""`linear_vq`: y = x · Wᵀ (+ bias) with a packed vector-quantized weight, and its edges."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.ops import layout, vq_layout
+from qcompiler.ops import layout, linear_edges, vq_layout
 from qcompiler.ops.formats import ACTIVATION_BLOCK, CENTROIDS, GROUPS, LAYOUT_VERSION, Activation, VqFormat
 from qcompiler.ops.linear_nbit import quantize_activations
 from qcompiler.ops.packing import format_of
@@ -55,7 +55,7 @@ def unpack(inputs: Mapping[str, Any], attributes: Mapping[str, int]) -> tuple[np
 
 def reference(inputs: Mapping[str, Any], attributes: Mapping[str, int]) -> np.ndarray:
     """The arithmetic of docs/layout.md, segment by segment, accumulated in float64."""
-    x = np.asarray(inputs["x"], np.float32)
+    x = linear_edges.normalized(inputs, attributes)
     n, k, group = attributes["n"], attributes["k"], attributes["group"]
     levels, factors = unpack(inputs, attributes)
     rows = x.reshape(-1, k)
@@ -71,17 +71,17 @@ def reference(inputs: Mapping[str, Any], attributes: Mapping[str, int]) -> np.nd
         y += dot * (factors[:, start].astype(np.float64) * sa[:, start, None].astype(np.float64))
     if inputs.get("bias") is not None:
         y += inputs["bias"]
-    return y.astype(np.float32).reshape(*x.shape[:-1], n)
+    return linear_edges.finished(y.astype(np.float32).reshape(*x.shape[:-1], n), inputs, attributes)
 
 
 def variant(attributes: Mapping[str, int], present: frozenset[str]) -> str:
     """For instance `vq2d64-b32x256-g128_int8-block128_bias`.
 
     Raises:
-        ValueError: activations that the op does not take.
+        ValueError: activations that the op does not take, edges that do not fit.
     """
     parts = [vq_format(attributes).label, activation_of(attributes).label]
-    return "_".join(parts + ["bias"] * ("bias" in present))
+    return "_".join(parts + ["bias"] * ("bias" in present) + linear_edges.words(attributes, present))
 
 
 def random_weight(rng: np.random.Generator, n: int, k: int, format: VqFormat) -> tuple[dict[str, np.ndarray], dict[str, int]]:
@@ -117,8 +117,24 @@ def formats() -> Iterator[VqFormat]:
 SHAPES = (((1,), 16, 128), ((3,), 33, 96), ((2, 5), 47, 300), ((20,), 64, 256), ((1,), 1, 33), ((0,), 16, 64), ((2,), 80, 515))
 
 
+def _plain_case(rng: np.random.Generator, lead: tuple[int, ...], n: int, k: int, number: int) -> Case:
+    """Formats and activations in turn, with codebooks that end where a half does not too."""
+    known = list(formats())
+    format, activation = known[5 * number % len(known)], ACTIVATIONS[number % 2]
+    tensors, attributes = random_weight(rng, n, k, format)
+    x = rng.standard_normal((*lead, k)).astype(np.float32)
+    bias = rng.standard_normal(n).astype(np.float32) if number % 3 else None
+    label = f"{format.label} {activation.label} x{list(x.shape)} n{n}{'' if bias is None else ' bias'}"
+    return Case(label, {"x": x, **tensors, "bias": bias}, {**attributes, "activation": int(activation)})
+
+
 def cases() -> Iterable[Case]:
-    """Every format with both activations on two of the shapes each, in turn."""
+    """Every format with both activations on two of the shapes each, in turn, and the edges."""
+    yield from _cases()
+    yield from linear_edges.cases(_plain_case)
+
+
+def _cases() -> Iterable[Case]:
     rng = np.random.default_rng(4)
     number = 0
     for format in formats():
@@ -138,10 +154,12 @@ LINEAR_VQ = declare(
     OpSpec(
         name="linear_vq",
         onnx_name="LinearVQ",
-        doc="Y[..., n] = X[..., k] · Wᵀ + bias, W[n, k] = S · c · C[index], indices packed in layout W16x4.",
-        inputs=(Input("x", "float32"), *WEIGHT_INPUTS, Input("bias", "float32", optional=True)),
-        attributes=(*WEIGHT_ATTRIBUTES, "activation", "layout_version"),
-        output_shape=lambda shapes, attributes: (*shapes["x"][:-1], attributes["n"]),
+        doc="Y[..., n] = X[..., k] · Wᵀ + bias, W[n, k] = S · c · C[index], indices packed in layout W16x4. The edges norm, "
+        "gate and residual are those of LinearNBit.",
+        inputs=(Input("x", "float32"), *WEIGHT_INPUTS, Input("bias", "float32", optional=True), *linear_edges.INPUTS),
+        attributes=(*WEIGHT_ATTRIBUTES, "activation", "layout_version", *linear_edges.DEFAULTS),
+        output_shape=lambda shapes, attributes: (*shapes["x"][:-1], linear_edges.output_columns(attributes)),
+        defaults=linear_edges.DEFAULTS,
         reference=reference,
         variant=variant,
         cases=cases,

@@ -35,8 +35,15 @@ def _schema(spec: OpSpec) -> onnx.defs.OpSchema:
         doc=spec.doc,
         inputs=[S.FormalParameter(i.name, _ONNX_TYPE[i.dtype], param_option=option[i.optional]) for i in spec.inputs],
         outputs=[S.FormalParameter("y", "tensor(float)")],
-        attributes=[S.Attribute(name, S.AttrType.INT, required=True) for name in spec.attributes],
+        attributes=[_attribute(spec, name) for name in spec.attributes],
     )
+
+
+def _attribute(spec: OpSpec, name: str) -> onnx.defs.OpSchema.Attribute:
+    A = onnx.defs.OpSchema.Attribute
+    if name in spec.defaults:
+        return A(name, onnx.helper.make_attribute(name, spec.defaults[name]))
+    return A(name, onnx.defs.OpSchema.AttrType.INT, required=True)
 
 
 def _translation(spec: OpSpec):
@@ -48,7 +55,8 @@ def _translation(spec: OpSpec):
     # In the order of the declaration. Python wants a default for whatever follows an optional input.
     first = next((index for index, i in enumerate(spec.inputs) if i.optional), len(spec.inputs))
     inputs = [i.name if index < first else f"{i.name}=None" for index, i in enumerate(spec.inputs)]
-    arguments = ", ".join([*inputs, *(f"{name}: int = 0" for name in spec.attributes)])
+    attributes = (f"{name}: float = 0.0" if spec.is_float(name) else f"{name}: int = 0" for name in spec.attributes)
+    arguments = ", ".join([*inputs, *attributes])
     call = ", ".join([*(i.name for i in spec.inputs), *(f"{name}={name}" for name in spec.attributes)])
     scope: dict = {"emit": getattr(domain, spec.onnx_name), "__name__": __name__}
     source, filename = f"def {spec.name}({arguments}):\n    return emit({call})\n", f"<qcompiler op {spec.name}>"
@@ -90,7 +98,7 @@ def attach_bodies(model: ir.Model) -> dict[str, int]:
         spec = by_name.get(node.op_type)
         if spec is None:
             raise UnsupportedError(f"node {node.name!r}: op {DOMAIN}::{node.op_type} is not declared")
-        attributes = {name: node.attributes.get_int(name) for name in spec.attributes}
+        attributes = spec.read(node.attributes)
         present = frozenset(i.name for i, value in zip(spec.inputs, node.inputs, strict=False) if value is not None)
         node.overload = spec.variant(attributes, present)
         node.attributes.add(ir.AttrInt64(marker(node.overload), 1))

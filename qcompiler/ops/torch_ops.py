@@ -8,6 +8,7 @@ from qcompiler.ops import (
     SPECS,
     experts_linear,  # noqa: F401  a program that was saved with it needs it to be known
     layout,
+    linear_edges,
     vq_layout,
 )
 from qcompiler.ops.formats import VqFormat
@@ -45,9 +46,23 @@ def _range(op, scale, zero, offset, n):
     return library.StaticRange(scale.data_ptr(), _address(zero), _address(offset))
 
 
+def _with_edges(op, x, n, k, residual, norm, gate, epsilon):
+    """The edges for the library, an empty y, and the contiguous tensors whose addresses the edges hold."""
+    from qcompiler.runtime import library
+
+    y = x.new_empty((*x.shape[:-1], linear_edges.output_columns({"n": n, "gate": gate})))
+    for name, tensor, shape in (("residual", residual, y.shape), ("norm", norm, (k,))):
+        torch._check(
+            tensor is None or (tensor.dtype == torch.float32 and tensor.shape == shape),
+            lambda name=name, t=tensor, s=shape: f"{op}: {name} is {t.dtype} {list(t.shape)}, expected torch.float32 {list(s)}",
+        )
+    held = [None if tensor is None else tensor.contiguous() for tensor in (residual, norm)]
+    return library.Edges(_address(held[1]), epsilon, _address(held[0]), gate), y, held
+
+
 def linear_nbit(
-    x, codes, scales, zeros, bias, activation_scale, activation_zero, activation_offset, bits, group, n, k, activation,
-    layout_version,
+    x, codes, scales, zeros, bias, activation_scale, activation_zero, activation_offset, residual, norm, bits, group, n, k,
+    activation, layout_version, gate, epsilon,
 ):  # fmt: skip
     """CPU kernel of `linear_nbit`: the C++ library, on torch's tensors in place.
 
@@ -59,13 +74,14 @@ def linear_nbit(
     _check_x("linear_nbit", x, k)
     static = _range("linear_nbit", activation_scale, activation_zero, activation_offset, n)
     x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], n))
+    edges, y, held = _with_edges("linear_nbit", x, n, k, residual, norm, gate, epsilon)
     if y.numel():
         library.linear_nbit_pointers(
             x.data_ptr(), codes.data_ptr(), scales.data_ptr(), _address(zeros), _address(bias), y.data_ptr(),
-            rows=y.numel() // n, bits=bits, group=group, n=n, k=k, activation=activation, activation_range=static,
-            threads=torch.get_num_threads(),
+            rows=y.numel() // y.shape[-1], bits=bits, group=group, n=n, k=k, activation=activation,
+            activation_range=static, edges=edges, threads=torch.get_num_threads(),
         )  # fmt: skip
+    del held  # until here its addresses were in use
     return y
 
 
@@ -155,8 +171,8 @@ def _check_vq(op, format, n, k, codes, codebooks, codebook_scales, scales) -> No
 
 
 def linear_vq(
-    x, codes, codebooks, codebook_scales, scales, bias, dim, centroids, block_rows, block_columns, group, n, k, activation,
-    layout_version,
+    x, codes, codebooks, codebook_scales, scales, bias, residual, norm, dim, centroids, block_rows, block_columns, group, n,
+    k, activation, layout_version, gate, epsilon,
 ):  # fmt: skip
     """CPU kernel of `linear_vq`.
 
@@ -169,13 +185,15 @@ def linear_vq(
     format = VqFormat(dim, centroids, block_rows, block_columns, group)
     _check_vq("linear_vq", format, n, k, codes, codebooks, codebook_scales, scales)
     x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], n))
+    edges, y, held = _with_edges("linear_vq", x, n, k, residual, norm, gate, epsilon)
     if y.numel():
         library_vq.linear_vq_pointers(
             x.data_ptr(), codes.data_ptr(), codebooks.data_ptr(), codebook_scales.data_ptr(), scales.data_ptr(),
-            _address(bias), y.data_ptr(), rows=y.numel() // n, dim=dim, centroids=centroids, block_rows=block_rows,
-            block_columns=block_columns, group=group, n=n, k=k, activation=activation, threads=torch.get_num_threads(),
+            _address(bias), y.data_ptr(), rows=y.numel() // y.shape[-1], dim=dim, centroids=centroids,
+            block_rows=block_rows, block_columns=block_columns, group=group, n=n, k=k, activation=activation, edges=edges,
+            threads=torch.get_num_threads(),
         )  # fmt: skip
+    del held  # until here its addresses were in use
     return y
 
 

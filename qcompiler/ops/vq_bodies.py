@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from qcompiler.ops import body_edges
 from qcompiler.ops.body_arithmetic import float_product, integer_product
 from qcompiler.ops.body_builder import Body
 from qcompiler.ops.body_decode import decode_scales, pick_rows, rows, six_bits, spread, vectors, wanted_tiles
@@ -98,17 +99,19 @@ def linear_vq(spec: OpSpec, overload: str, attributes: dict[str, int], present: 
     b, format = Body(spec.attributes, overload), vq_format(attributes)
     inputs = {i.name: ir.Value(name=i.name) for i in spec.inputs}
     codes, codebooks, codebook_scales, scales = (inputs[i.name] for i in WEIGHT_INPUTS)
+    x = body_edges.normalized(b, inputs, present)
     down = _down(b, _count(b, b.dimension(codes, 0)), format)
     levels = decode_entries(b, codes, codebooks, down, format)
     factors = decode_factors(b, codebook_scales, scales, down, format)
     if activation_of(attributes) is Activation.FLOAT:
-        y = float_product(b, inputs["x"], rows(b, _weight(b, levels, factors, format), b.attribute("k")))
+        y = float_product(b, x, rows(b, _weight(b, levels, factors, format), b.attribute("k")))
     else:
         segments = rows(b, factors, b.dimension(factors, 2))
         levels = rows(b, levels, b.attribute("k"))
-        y = integer_product(b, inputs["x"], levels, segments, format, Activation.INT8_BLOCK)
+        y = integer_product(b, x, levels, segments, format, Activation.INT8_BLOCK)
     if "bias" in present:
         y = b.op("Add", y, inputs["bias"])
+    y = body_edges.finished(b, y, inputs, attributes, present)
     return b.function(spec, overload, list(inputs.values()), y)
 
 

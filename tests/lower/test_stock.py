@@ -34,6 +34,8 @@ for _spec in (spec for spec in SPECS.values() if "bits" in spec.attributes):
 
 def supported(spec: OpSpec, case: Case) -> bool:
     attributes = case.attributes
+    if "gate" in attributes:  # a case of what stands before and after the product
+        return False
     format = AffineFormat(attributes["bits"], attributes["group"], case.inputs["zeros"] is None)
     if attributes.get("activation") == Activation.INT8_STATIC:
         return takes_static(format)

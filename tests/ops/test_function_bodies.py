@@ -192,7 +192,8 @@ def test_the_checker_accepts_every_body(no_schema):
         models[next(iter(model.functions))] = model
     static = 4 * 4 * 2 * (1 + 2)  # symmetric, and with a zero point with and without a bias
     # bits, groups, symmetric or not, activations, with and without a bias
-    assert len(models) == 4 * 4 * 2 * 3 * 2 + static
+    edges = (4 * 2 * 2 - 1) * 3  # gates, norm, residual; each in three formats
+    assert len(models) == 4 * 4 * 2 * 3 * 2 + static + edges
     for model in models.values():
         onnx.checker.check_model(ir.serde.serialize_model(model), full_check=True)
 

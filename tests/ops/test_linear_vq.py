@@ -52,7 +52,7 @@ def call(case: Case, isa: str | None = None, threads: int = 1) -> np.ndarray:
 def torch_call(case: Case) -> np.ndarray:
     spec = EMBEDDING if "indices" in case.inputs else LINEAR
     tensors = [None if case.inputs.get(i.name) is None else torch.from_numpy(case.inputs[i.name]) for i in spec.inputs]
-    return overload(spec.name)(*tensors, *(case.attributes[name] for name in spec.attributes)).numpy()
+    return overload(spec.name)(*tensors, *spec.values(case.attributes)).numpy()
 
 
 def onnx_call(case: Case, with_library: bool) -> np.ndarray:
@@ -267,7 +267,7 @@ def test_rows_outside_the_matrix_are_refused(index: int) -> None:
 @pytest.mark.parametrize("biased", [True, False])
 def test_export_from_torch_keeps_every_input_and_attribute_in_its_place(biased: bool) -> None:
     case = linear(FORMATS[1], Activation.INT8_BLOCK)
-    inputs = {**case.inputs, "bias": case.inputs["bias"] if biased else None}
+    inputs = {i.name: case.inputs.get(i.name) for i in LINEAR.inputs} | ({} if biased else {"bias": None})
 
     class Module(torch.nn.Module):
         def __init__(self) -> None:
@@ -277,12 +277,12 @@ def test_export_from_torch_keeps_every_input_and_attribute_in_its_place(biased: 
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             held = [getattr(self, i.name) for i in LINEAR.inputs[1:]]
-            return overload("linear_vq")(x, *held, *(case.attributes[name] for name in LINEAR.attributes))
+            return overload("linear_vq")(x, *held, *LINEAR.values(case.attributes))
 
     x = torch.from_numpy(case.inputs["x"])
     program = torch.onnx.export(Module().eval(), (x,), dynamo=True, verbose=False)
     (node,) = (node for node in program.model.graph if node.op_type == "LinearVQ")
     names = [None if value is None else value.name for value in node.inputs]
     assert [name for name in names[1:] if name] == [i.name for i in LINEAR.inputs[1:] if inputs[i.name] is not None]
-    assert {name: node.attributes.get_int(name) for name in LINEAR.attributes} == dict(case.attributes)
+    assert LINEAR.read(node.attributes) == {**LINEAR.defaults, **case.attributes}
     assert attach_bodies(program.model) == {f"LinearVQ/{FORMATS[1]}_int8-block128{'_bias' * biased}": 1}
