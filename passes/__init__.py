@@ -71,12 +71,13 @@ def pipeline(recipe: Recipe, fuse: bool = True) -> tuple[list[Pass], list[Pass]]
     from qcompiler.passes.normalise.normalise_linear import NormaliseLinear
     from qcompiler.passes.normalise.strip_guards import StripGuards
     from qcompiler.passes.normalise.widen_bfloat16 import WidenBfloat16
+    from qcompiler.passes.rewrite.fuse_edges import FuseEdges
     from qcompiler.passes.rewrite.fuse_linears import FuseLinears
     from qcompiler.passes.rewrite.quantize_sites import QuantizeSites
 
     normalise = [StripGuards(), NormaliseLinear(), NormaliseExperts(), NormaliseEmbedding(), WidenBfloat16()]
     analyse = [FindSites(), FindGroups(), FindRoles(), AssignFormats()]
-    fusions = [FuseLinears()] if fuse and recipe.fuse else []
+    fusions = [FuseLinears(), FuseEdges()] if fuse and recipe.fuse else []
     return [*normalise, *analyse, *recipe.passes], [QuantizeSites(), *fusions]
 
 

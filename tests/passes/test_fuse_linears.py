@@ -304,7 +304,7 @@ def test_artifacts(name: str, target: str, tmp_path: Path) -> None:
         assert totals.pop("total") == sum(totals.values()) == sum(path.stat().st_size for path in files)
         assert target != "torch" or totals["float"] == 4 * (96 + 32 + 40), "the biases and nothing else"
     assert all(np.array_equal(a, b) for a, b in zip(*outputs, strict=True))
-    where = ("packed_as", "packed_rows")
+    where = ("packed_as", "packed_rows", "edges")
     described = [[{k: v for k, v in record.items() if k not in where} for record in r.layers["layers"]] for r in results]
     assert described[0] == described[1]
     assert [record["packed_as"] for record in fused.layers["layers"]] == ["q+k+v"] * 3 + ["o"] + ["gate+up"] * 2 + ["down"]
