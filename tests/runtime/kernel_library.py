@@ -4,9 +4,11 @@ import ctypes
 import mmap
 import os
 import pathlib
+from dataclasses import dataclass
 
 import numpy as np
 
+from tests.runtime import exercised
 from tests.runtime.kernel_oracle import INT8_STATIC, STATIC_SCALE, STATIC_ZERO, Weight, static_offset
 
 PARALLEL_FOR = ctypes.c_void_p
@@ -39,6 +41,30 @@ class QcRange(ctypes.Structure):
 
 class QcOutliers(ctypes.Structure):
     _fields_ = [("count", ctypes.c_int64), ("columns", ctypes.c_void_p), ("weights", ctypes.c_void_p)]
+
+
+class QcEdges(ctypes.Structure):
+    _fields_ = [
+        ("norm", ctypes.c_void_p),
+        ("epsilon", ctypes.c_float),
+        ("residual", ctypes.c_void_p),
+        ("gate", ctypes.c_int32),
+    ]
+
+
+@dataclass
+class Edges:
+    """What qc_linear_edges describes: norm [k], residual of the shape of y, a gate of qc_gate."""
+
+    norm: np.ndarray | None = None
+    epsilon: float = 0
+    residual: np.ndarray | None = None
+    gate: int = 0
+
+    def describe(self, place, keep: list) -> QcEdges:
+        norm, residual = (None if array is None else place(array) for array in (self.norm, self.residual))
+        keep += [norm, residual]
+        return QcEdges(_address(norm), self.epsilon, _address(residual), self.gate)
 
 
 class KernelError(Exception):
@@ -74,10 +100,14 @@ class Library:
             getattr(c, name).argtypes = arguments
         c.qc_linear_nbit.argtypes = [pointer, pointer, i32, pointer, pointer, i64, pointer, pointer, pointer]
         c.qc_linear_mixed.argtypes = [pointer, pointer, i32, pointer, pointer, i64, pointer, pointer, pointer]
+        c.qc_linear_experts_nbit.argtypes = [pointer, pointer, i64, i32, i64, pointer, pointer, pointer, pointer]
         c.qc_embedding_nbit.argtypes = [pointer, pointer, i64, pointer, pointer]
         c.qc_pool_set_threads.argtypes = [i32]
         self.isas = c.qc_isas().decode().split(",")
         self._pool = ctypes.cast(c.qc_pool_parallel_for, ctypes.c_void_p).value
+
+    def record(self, isa: str | None, op: str, activation: int | None = None, edges: bool = False) -> None:
+        exercised.record(isa or self.c.qc_isa().decode(), op, activation, edges)
 
     def context(self, isa: str | None = None, threads: int = 1) -> QcContext:
         return QcContext(self._pool if threads > 1 else None, None, threads, isa.encode() if isa else None)
@@ -92,7 +122,7 @@ class Library:
             raise KernelError(self.c.qc_last_error().decode())
 
     def linear(
-        self, weight, x, activation, bias=None, *, columns=None, outliers=None, isa=None, threads=1, place=np.array
+        self, weight, x, activation, bias=None, *, columns=None, outliers=None, edges=None, isa=None, threads=1, place=np.array
     ) -> np.ndarray:
         """y, which lies in memory of `place` too and is filled with a pattern beforehand. With `columns`: linear_mixed.
 
@@ -113,15 +143,34 @@ class Library:
         rows, n = x.shape[0], weight.shape[0]
         x = place(x)
         bias = None if bias is None else place(bias)
-        y = place(np.full((rows, n), -7.0, np.float32))
+        y = place(np.full((rows, n // 2 if edges and edges.gate else n), -7.0, np.float32))
         context = self.context(isa, threads)
+        around = edges.describe(place, keep) if edges else None
         before = [ctypes.addressof(context), ctypes.addressof(description), activation]
         before.append(ctypes.addressof(static) if static else None)
         after = (rows, _address(x), _address(bias), _address(y))
         if taken is None:
-            self.check(self.c.qc_linear_nbit(*before, None, *after))
+            self.check(self.c.qc_linear_nbit(*before, ctypes.addressof(around) if around else None, *after))
         else:
             self.check(self.c.qc_linear_mixed(*before, ctypes.addressof(taken), *after))
+        self.record(isa, "linear" if taken is None else "mixed", activation, bool(edges))
+        del keep
+        return y
+
+    def experts(self, weights, x, expert, activation, bias=None, *, isa=None, threads=1, place=np.array) -> np.ndarray:
+        """linear_experts_nbit: row i of x times weights[expert[i]]; all have one shape and format. bias [experts, n]."""
+        first = weights[0]
+        tensors = [[getattr(weight, name) for weight in weights] for name in ("codes", "scales", "zeros")]
+        keep = [None if parts[0] is None else place(np.concatenate(parts)) for parts in tensors]
+        description = QcWeight(*first.shape, first.bits, first.group, *map(_address, keep))
+        x, expert = place(x), place(np.asarray(expert, np.int64))
+        bias = None if bias is None else place(bias)
+        y = place(np.full((len(x), first.shape[0]), -7.0, np.float32))
+        context = self.context(isa, threads)
+        pointers = [ctypes.addressof(context), ctypes.addressof(description)]
+        values = (_address(array) for array in (x, expert, bias, y))
+        self.check(self.c.qc_linear_experts_nbit(*pointers, len(weights), activation, len(x), *values))
+        self.record(isa, "experts", activation)
         del keep
         return y
 
@@ -135,6 +184,7 @@ class Library:
                 ctypes.addressof(context), ctypes.addressof(description), len(indices), _address(indices), _address(y)
             )
         )
+        exercised.record("generic", "embedding")
         del keep
         return y
 

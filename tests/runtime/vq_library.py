@@ -4,6 +4,7 @@ import ctypes
 
 import numpy as np
 
+from tests.runtime import exercised
 from tests.runtime.kernel_library import Library, _address
 from tests.runtime.vq_oracle import VqWeight
 
@@ -44,17 +45,20 @@ class VqLibrary(Library):
         numbers = form.dim, form.centroids, form.block_rows, form.block_columns, form.group
         return QcVqWeight(*weight.shape, *numbers, *map(_address, buffers)), buffers
 
-    def linear_vq(self, weight, x, activation, bias=None, *, isa=None, threads=1, place=np.array) -> np.ndarray:
+    def linear_vq(
+        self, weight, x, activation, bias=None, *, edges=None, isa=None, threads=1, place=np.array
+    ) -> np.ndarray:
         """y, which lies in memory of `place` too and is filled with a pattern beforehand."""
         description, keep = self.describe_vq(weight, place)
         rows = len(x)
         x, bias = place(x), None if bias is None else place(bias)
-        y = place(np.full((rows, weight.shape[0]), -7.0, np.float32))
+        y = place(np.full((rows, weight.shape[0] // (2 if edges and edges.gate else 1)), -7.0, np.float32))
         context = self.context(isa, threads)
         at = ctypes.addressof
-        self.check(
-            self.c.qc_linear_vq(at(context), at(description), activation, None, rows, _address(x), _address(bias), _address(y))
-        )
+        around = edges.describe(place, keep) if edges else None
+        before = at(context), at(description), activation, at(around) if around else None
+        self.check(self.c.qc_linear_vq(*before, rows, _address(x), _address(bias), _address(y)))
+        self.record(isa, "vq", activation, bool(edges))
         del keep
         return y
 
@@ -65,5 +69,6 @@ class VqLibrary(Library):
         context = self.context(isa, threads)
         at = ctypes.addressof
         self.check(self.c.qc_embedding_vq(at(context), at(description), len(indices), _address(indices), _address(y)))
+        exercised.record("generic", "embedding-vq")
         del keep
         return y
