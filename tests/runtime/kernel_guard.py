@@ -1,6 +1,6 @@
 """Run as a program: every kernel with each buffer against an inaccessible page. A read or write too far kills it.
 
-    PYTHONPATH=. python tests/runtime/kernel_guard.py LIBRARY [full | canary]
+    PYTHONPATH=. python tests/runtime/kernel_guard.py LIBRARY [full | edges | canary]
 
 Prints "N calls". `canary` hands the library a codes buffer that is one tile too short: that must kill it, or the
 harness proves nothing.
@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 
-from tests.runtime.kernel_library import GuardedMemory, Library
+from tests.runtime.kernel_library import Edges, GuardedMemory, Library
 from tests.runtime.kernel_oracle import FORMATS, make_weight
 
 SHAPES = [(1, 1, 1), (15, 3, 2), (17, 31, 3), (16, 33, 1), (1, 127, 4), (18, 129, 5), (33, 1000, 1)]
@@ -49,6 +49,25 @@ def sweep(library: Library, shapes: list[tuple[int, int, int]]) -> int:
     return calls
 
 
+def sweep_edges(library: Library) -> int:
+    """Norm, gate and residual, each against the page."""
+    rng = np.random.default_rng(4)
+    calls = 0
+    for n, k, rows in [(32, 1, 1), (64, 3, 2), (32, 31, 3), (96, 33, 1), (32, 127, 14), (64, 129, 5), (160, 1000, 1)]:
+        weight = make_weight(rng, n, k, 4, 32, True)
+        x = rng.normal(size=(rows, k)).astype(np.float32)
+        for gate in range(4):
+            residual = rng.normal(size=(rows, n // 2 if gate else n)).astype(np.float32)
+            edges = Edges(rng.normal(size=k).astype(np.float32), 1e-5, residual, gate)
+            for isa in library.isas:
+                want = library.linear(weight, x, 2, edges=edges, isa=isa)
+                for at_end in (True, False):
+                    got = library.linear(weight, x, 2, edges=edges, isa=isa, place=GuardedMemory(at_end))
+                    assert got.tobytes() == want.tobytes(), (n, k, rows, gate, isa)
+                    calls += 1
+    return calls
+
+
 def canary(library: Library) -> None:
     weight = make_weight(np.random.default_rng(0), 32, 256, 4, 32, False)
     short = dataclasses.replace(weight, codes=weight.codes[: weight.codes.size // 2])
@@ -60,5 +79,7 @@ if __name__ == "__main__":
     kernels = Library(pathlib.Path(sys.argv[1]))
     if mode == "canary":
         canary(kernels)
+    elif mode == "edges":
+        print(sweep_edges(kernels), "calls")
     else:
         print(sweep(kernels, FULL_SHAPES if mode == "full" else SHAPES), "calls")
