@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcompiler.errors import InputError, UnsupportedError
-from qcompiler.ops import SPECS
+from qcompiler.ops import SPECS, linear_edges
 from qcompiler.ops.formats import Activation
 from qcompiler.ops.packing import format_of
 from qcompiler.ops.spec import DOMAIN
@@ -71,8 +71,11 @@ def _blocks(data: dict[str, Any]) -> list[Table | Text]:
             Column("shape", tables.shape, right=True),
             Column("format"),
             Column("activation"),
+            Column("beside the product", dispensable=1),
         )
-        rows = [(n["name"], n["op"], n["shape"], n["format"], n["activation"]) for n in data["nodes"]]
+        rows = [
+            (n["name"], n["op"], n["shape"], n["format"], n["activation"], ", ".join(n["edges"]) or None) for n in data["nodes"]
+        ]
         blocks.append(Table("nodes of ours", columns, rows))
     return [block for block in blocks if not isinstance(block, Table) or block.rows]
 
@@ -161,7 +164,7 @@ def _value(value: onnx.ValueInfoProto) -> dict[str, Any]:
 
 
 def _our_node(node: onnx.NodeProto) -> dict[str, Any]:
-    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    attributes = {a.name: a.f if a.type == a.FLOAT else a.i for a in node.attribute}
     return {
         "name": node.name,
         "op": node.op_type,
@@ -169,22 +172,38 @@ def _our_node(node: onnx.NodeProto) -> dict[str, Any]:
         "shape": [attributes[key] for key in ("n", "k") if key in attributes],
         "format": _format(attributes, node),
         "activation": _activation(attributes),
+        "edges": _edges(attributes, node),
         "attributes": attributes,
     }
 
 
-def _format(attributes: dict[str, int], node: onnx.NodeProto) -> str | None:
-    spec = next((spec for spec in SPECS.values() if spec.onnx_name == node.op_type), None)
-    if spec is None:
+def _format(attributes: dict[str, Any], node: onnx.NodeProto) -> str | None:
+    present = _present(node)
+    if present is None:
         return node.overload or None  # an op of another version: its variant is all that is known
-    present = {declared.name for declared, name in zip(spec.inputs, node.input, strict=False) if name}
     try:
         return format_of(attributes, present).label
     except (KeyError, ValueError):
         return node.overload or None
 
 
-def _activation(attributes: dict[str, int]) -> str | None:
+def _present(node: onnx.NodeProto) -> frozenset[str] | None:
+    """Names of the inputs that are there; None of an op that this version does not know."""
+    spec = next((spec for spec in SPECS.values() if spec.onnx_name == node.op_type), None)
+    if spec is None:
+        return None
+    return frozenset(i.name for i, name in zip(spec.inputs, node.input, strict=False) if name)
+
+
+def _edges(attributes: dict[str, Any], node: onnx.NodeProto) -> list[str]:
+    """What the op does besides its product: `norm`, a gate, `residual`."""
+    try:
+        return linear_edges.words(attributes, _present(node) or frozenset())
+    except (KeyError, ValueError):
+        return []
+
+
+def _activation(attributes: dict[str, Any]) -> str | None:
     try:
         return Activation(attributes["activation"]).label
     except (KeyError, ValueError):
