@@ -23,6 +23,7 @@ from qcompiler.passes.rewrite.op_nodes import arguments
 from qcompiler.passes.rewrite.quantize_sites import QuantizeSites
 from qcompiler.passes.solve.round_to_nearest import RoundToNearest
 from qcompiler.pipeline.passes import Report
+from qcompiler.report.inspect_onnx import inspect_onnx
 from qcompiler.runtime.session import Session
 from tests.calibrated import calibrated
 
@@ -230,3 +231,5 @@ def test_an_artifact_runs_with_and_without_the_library(tmp_path: Path) -> None:
         assert np.abs(found - outputs[2]).max() <= 1e-5 * np.abs(outputs[2]).max()
     edges = {record["name"]: record.get("edges") for record in results[0].layers["layers"]}
     assert edges["gate"] == ["norm", "silu"] and edges["down"] == ["residual"]
+    nodes = inspect_onnx(results[0].path / "model.onnx").data["nodes"]
+    assert [node["edges"] for node in nodes] == [["norm"], ["residual"], ["norm", "silu"], ["residual"]]
