@@ -1,8 +1,9 @@
 // The C interface of the op library: what ctypes (torch, numpy) calls, and what the ONNX Runtime face wraps.
 //
 // Every weight tensor is read exactly as it lies in the artifact (layout W16x4, see docs/layout.md); nothing is
-// repacked. All functions are thread-safe. A function that can fail returns 0 on success, otherwise a non-zero code,
-// and qc_last_error() of the same thread then says what was found and what was expected.
+// repacked. Pointers need the alignment of the type that they point to, and no more. All functions are thread-safe. A function
+// that can fail returns 0 on success, otherwise a non-zero code, and qc_last_error() of the same thread then says what was found
+// and what was expected.
 #ifndef QCOMPILER_OPS_H
 #define QCOMPILER_OPS_H
 
