@@ -37,6 +37,7 @@ int32_t check_weight(const char* op, const qc_weight* weight, Matrix* out) {
   }
   if (!w.codes) return null_pointer(op, "weight.codes");
   if (!w.scales) return null_pointer(op, "weight.scales");
+  if (int32_t code = check_alignment(op, "weight.scales", w.scales)) return code;
   *out = {w.n,      w.k,     w.bits,  w.group,
           w.codes,  w.scales, w.zeros, ceil_div(w.n, kTileRows),
           group_count(w.k, w.group), tile_code_bytes(w.k, w.bits), nullptr};
@@ -75,6 +76,7 @@ int32_t check_range(const char* op, int32_t activation, const qc_activation_rang
     return fail(kInvalidArgument, "%s: range.%s is given without range.%s, expected both or neither", op,
                 range->zero ? "zero" : "offset", range->zero ? "offset" : "zero");
   }
+  if (int32_t code = check_alignment(op, "range.offset", range->offset)) return code;
   *out = {range->scale, range->zero ? *range->zero : 0, range->zero ? -128 : -127, 127};
   return kOk;
 }
@@ -86,6 +88,8 @@ int32_t check_outliers(const char* op, const qc_outliers& outliers, int64_t k) {
   if (!outliers.count) return kOk;
   if (!outliers.columns) return null_pointer(op, "outliers.columns");
   if (!outliers.weights) return null_pointer(op, "outliers.weights");
+  if (int32_t code = check_alignment(op, "outliers.columns", outliers.columns)) return code;
+  if (int32_t code = check_alignment(op, "outliers.weights", outliers.weights)) return code;
   int64_t before = -1;
   for (int64_t i = 0; i < outliers.count; ++i) {
     const int64_t column = outliers.columns[i];
@@ -120,7 +124,7 @@ int32_t linear(const char* op, const qc_context* context, const qc_weight* weigh
   if (int32_t code = check_outliers(op, extras.outliers, matrix.k)) return code;
   if (int32_t code = check_edges(op, edges, matrix, &extras.edges)) return code;
   if (int32_t code = check_exactness(op, matrix, activation, levels.low < -127)) return code;
-  if (int32_t code = check_operands(op, matrix, rows, x, y)) return code;
+  if (int32_t code = check_operands(op, matrix, rows, x, bias, y)) return code;
   if (rows == 0) return kOk;
   if (!run_linear(*kernels, workers, matrix, static_cast<qc_activation>(activation), rows, x, bias, y, extras)) {
     return fail(kOutOfMemory, "%s: no memory for the activations of k = %" PRId64, op, matrix.k);
@@ -143,9 +147,10 @@ int32_t linear_experts(const qc_context* context, const qc_weight* weight, int64
   }
   if (int32_t code = check_activation(op, activation, QC_ACT_INT8_BLOCK)) return code;
   if (int32_t code = check_exactness(op, matrix, activation)) return code;
-  if (int32_t code = check_operands(op, matrix, rows, x, y)) return code;
+  if (int32_t code = check_operands(op, matrix, rows, x, bias, y)) return code;
   if (rows == 0) return kOk;
   if (!expert) return null_pointer(op, "expert");
+  if (int32_t code = check_alignment(op, "expert", expert)) return code;
   for (int64_t i = 0; i < rows; ++i) {
     if (expert[i] < 0 || expert[i] >= experts) {
       return fail(kInvalidArgument, "%s: expert[%" PRId64 "] is %" PRId64 ", expected 0 <= index < experts = %" PRId64, op,

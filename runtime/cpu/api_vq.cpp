@@ -61,6 +61,8 @@ int32_t check_weight(const char* op, const qc_vq_weight* weight, Codebooks* book
   if (!w.codebooks) return null_pointer(op, "weight.codebooks");
   if (!w.codebook_scales) return null_pointer(op, "weight.codebook_scales");
   if (!w.scales) return null_pointer(op, "weight.scales");
+  if (int32_t code = check_alignment(op, "weight.codebook_scales", w.codebook_scales)) return code;
+  if (int32_t code = check_alignment(op, "weight.scales", w.scales)) return code;
   *books = {w.dim,
             w.centroids,
             w.block_rows ? w.block_rows : ceil_div(w.n, kTileRows) * kTileRows,
@@ -91,7 +93,7 @@ int32_t linear(const char* op, const qc_context* context, const qc_vq_weight* we
   }
   LinearExtras extras;
   if (int32_t code = check_edges(op, edges, matrix, &extras.edges)) return code;
-  if (int32_t code = check_operands(op, matrix, rows, x, y)) return code;
+  if (int32_t code = check_operands(op, matrix, rows, x, bias, y)) return code;
   if (rows == 0) return kOk;
   if (!run_linear(*kernels, workers, matrix, static_cast<qc_activation>(activation), rows, x, bias, y, extras)) {
     return fail(kOutOfMemory, "%s: no memory for the activations of k = %" PRId64, op, matrix.k);

@@ -28,6 +28,11 @@ int32_t null_pointer(const char* op, const char* what) {
   return fail(kInvalidArgument, "%s: %s is null, expected a pointer", op, what);
 }
 
+int32_t misaligned_pointer(const char* op, const char* what, const void* pointer, size_t alignment) {
+  return fail(kInvalidArgument, "%s: %s lies at address 0x%" PRIxPTR ", expected a multiple of %zu", op, what,
+              reinterpret_cast<uintptr_t>(pointer), alignment);
+}
+
 int32_t check_shape(const char* op, int64_t n, int64_t k, int32_t group) {
   if (!valid_group(group)) {
     return fail(kInvalidArgument, "%s: weight.group is %" PRId32 ", expected 32, 64, 128 or 0 (the whole row)", op, group);
@@ -67,7 +72,8 @@ int32_t check_edges(const char* op, const qc_linear_edges* edges, const Matrix& 
   if (!out->norm && out->epsilon != 0) {
     return fail(kInvalidArgument, "%s: edges.epsilon is %g without edges.norm, expected 0", op, double(out->epsilon));
   }
-  return kOk;
+  if (int32_t code = check_alignment(op, "edges.norm", out->norm)) return code;
+  return check_alignment(op, "edges.residual", out->residual);
 }
 
 int32_t check_matrix(const char* op, const char* what, int64_t rows, int64_t columns) {
@@ -76,14 +82,16 @@ int32_t check_matrix(const char* op, const char* what, int64_t rows, int64_t col
               columns);
 }
 
-int32_t check_operands(const char* op, const Matrix& matrix, int64_t rows, const float* x, const float* y) {
+int32_t check_operands(const char* op, const Matrix& matrix, int64_t rows, const float* x, const float* bias, const float* y) {
   if (rows < 0) return fail(kInvalidArgument, "%s: rows is %" PRId64 ", expected at least 0", op, rows);
   if (rows == 0) return kOk;
   if (int32_t code = check_matrix(op, "x", rows, matrix.k)) return code;
   if (int32_t code = check_matrix(op, "y", rows, matrix.n)) return code;
   if (!x) return null_pointer(op, "x");
   if (!y) return null_pointer(op, "y");
-  return kOk;
+  if (int32_t code = check_alignment(op, "x", x)) return code;
+  if (int32_t code = check_alignment(op, "bias", bias)) return code;
+  return check_alignment(op, "y", y);
 }
 
 int32_t checked_embedding(const char* op, const Workers& workers, const Matrix& matrix, int64_t count,
@@ -93,6 +101,8 @@ int32_t checked_embedding(const char* op, const Workers& workers, const Matrix& 
   if (int32_t code = check_matrix(op, "y", count, matrix.k)) return code;
   if (!indices) return null_pointer(op, "indices");
   if (!y) return null_pointer(op, "y");
+  if (int32_t code = check_alignment(op, "indices", indices)) return code;
+  if (int32_t code = check_alignment(op, "y", y)) return code;
   for (int64_t i = 0; i < count; ++i) {
     if (indices[i] < 0 || indices[i] >= matrix.n) {
       return fail(kInvalidArgument, "%s: indices[%" PRId64 "] is %" PRId64 ", expected 0 <= index < n = %" PRId64, op, i,

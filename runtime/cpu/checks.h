@@ -3,6 +3,7 @@
 #ifndef QCOMPILER_CHECKS_H
 #define QCOMPILER_CHECKS_H
 
+#include <cstddef>
 #include <cstdint>
 
 #include "linear.h"
@@ -18,6 +19,15 @@ bool valid_shape(int64_t n, int64_t k);
 int64_t scales_count(int64_t n, int64_t k, int32_t group);
 
 int32_t null_pointer(const char* op, const char* what);
+int32_t misaligned_pointer(const char* op, const char* what, const void* pointer, size_t alignment);
+
+// Null is allowed: it has its own error where it is not.
+template <class T>
+int32_t check_alignment(const char* op, const char* what, const T* pointer) {
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  return address % alignof(T) == 0 ? 0 : misaligned_pointer(op, what, pointer, alignof(T));
+}
+
 int32_t check_shape(const char* op, int64_t n, int64_t k, int32_t group);
 int32_t check_context(const char* op, const qc_context* context, Workers* workers, const Kernels** kernels);
 // `out`: the edges, null as none.
@@ -25,7 +35,7 @@ int32_t check_edges(const char* op, const qc_linear_edges* edges, const Matrix& 
 // rows * columns fp32 values must be addressable.
 int32_t check_matrix(const char* op, const char* what, int64_t rows, int64_t columns);
 // No rows need no pointers.
-int32_t check_operands(const char* op, const Matrix& matrix, int64_t rows, const float* x, const float* y);
+int32_t check_operands(const char* op, const Matrix& matrix, int64_t rows, const float* x, const float* bias, const float* y);
 
 // y = W[indices], once count, pointers and indices are what they must be.
 int32_t checked_embedding(const char* op, const Workers& workers, const Matrix& matrix, int64_t count,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.runtime import exercised, native_programs, vq_oracle
-from tests.runtime.kernel_library import Edges
+from tests.runtime.kernel_library import Edges, KernelError
 from tests.runtime.kernel_oracle import make_weight
 from tests.runtime.native_programs import ROOT, run
 from tests.runtime.test_kernels import ISAS, PATH
@@ -89,6 +89,32 @@ def test_avx_vnni_is_looked_for_where_it_is_said():
     text = (ROOT / "runtime" / "cpu" / "cpu_features.cpp").read_text()
     assert "f.avxvnni = seven.a >= 1 && bit(seven_one.a, 4);" in text
     assert text.index("if (!ymm") < text.index("f.avxvnni") < text.index("if (!zmm)") < text.index("f.avx512f =")
+
+
+# ── Alignment ──
+
+
+def shifted(array: np.ndarray) -> np.ndarray:
+    """A copy that begins one byte too late for its type."""
+    raw = np.zeros(array.nbytes + array.itemsize, np.uint8)
+    start = 1 + -raw.ctypes.data % array.itemsize
+    raw[start : start + array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
+    return np.ndarray(array.shape, array.dtype, raw.data, start)
+
+
+@needs_library
+@pytest.mark.parametrize("what, size", [("scales", 2), ("x", 4), ("bias", 4)])
+def test_an_address_that_c_does_not_allow_is_refused(what, size):
+    rng = np.random.default_rng(0)
+    weight = make_weight(rng, 16, 64, 4, 32, False)
+    values = {"x": rng.standard_normal((2, 64)).astype(np.float32), "bias": np.zeros(16, np.float32)}
+    shapes = {"scales": weight.scales.shape, "x": (2, 64), "bias": (16,)}
+
+    def place(array: np.ndarray) -> np.ndarray:
+        return shifted(array) if array.shape == shapes[what] and array.itemsize == size else np.array(array)
+
+    with pytest.raises(KernelError, match=rf"{what} lies at address 0x[0-9a-f]+, expected a multiple of {size}"):
+        LIBRARY.linear(weight, values["x"], 2, values["bias"], place=place)
 
 
 # ── Results ──
