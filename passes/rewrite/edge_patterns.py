@@ -65,6 +65,24 @@ def gated(first: Node, second: Node) -> tuple[Gate, Node, Node] | None:
     return (gate, active, times) if set(args(times)) == {active, second} else None
 
 
+def multiplied(first: Node, second: Node) -> bool:
+    """Whether one value is multiplied with something that a few ops make of the other: a gate of some kind."""
+    for value, other in ((first, second), (second, first)):
+        for user in value.users:
+            if user.target is aten.mul.Tensor and any(_made_of(a, other) for a in args(user) if a is not value):
+                return True
+    return False
+
+
+def _made_of(value: Any, source: Node, steps: int = 8) -> bool:
+    layer = list(value.all_input_nodes) if isinstance(value, Node) else []
+    for _ in range(steps):
+        if value is source or source in layer:
+            return True
+        layer = [node for above in layer for node in above.all_input_nodes if node is not above][:64]
+    return False
+
+
 @dataclass(frozen=True)
 class Norm:
     """x · rsqrt(mean(x²) + epsilon) · weight over the last axis, whose value is `node`."""

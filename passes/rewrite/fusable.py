@@ -16,6 +16,7 @@ from qcompiler.ops.formats import TILE, Activation
 from qcompiler.ops.packing import format_of
 from qcompiler.ops.spec import SPECS
 from qcompiler.ops.torch_ops import overload
+from qcompiler.passes.rewrite.op_nodes import arguments
 from qcompiler.pipeline.passes import Skip
 
 # Inputs that have a part for every row (axis 0 counts tiles, blocks or rows), and those that stand for all rows.
@@ -96,9 +97,9 @@ def product_of(graph: Graph, site: Site, skipped: list[Skip]) -> Product | None:
 
 def _arguments(node: Node, op: str) -> tuple[dict[str, Node], dict[str, int]]:
     """Inputs but x, those that are there, and attributes, by name."""
-    spec, values = SPECS[op], args(node)
-    inputs = {i.name: value for i, value in zip(spec.inputs, values, strict=False) if i.name != "x" and value is not None}
-    return inputs, dict(zip(spec.attributes, values[len(spec.inputs) :], strict=True))
+    values, spec = arguments(node), SPECS[op]
+    inputs = {i.name: values[i.name] for i in spec.inputs if i.name != "x" and values[i.name] is not None}
+    return inputs, {name: values[name] for name in spec.attributes}
 
 
 def _unfit(site: Site, given: dict[str, Node]) -> str | None:

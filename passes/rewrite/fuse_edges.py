@@ -21,7 +21,7 @@ from qcompiler.graph.edit import args
 from qcompiler.graph.text import describe
 from qcompiler.ops import linear_edges
 from qcompiler.ops.formats import TILE
-from qcompiler.passes.rewrite.edge_patterns import Norm, constant_value, gated, halves, norms
+from qcompiler.passes.rewrite.edge_patterns import Norm, constant_value, gated, halves, multiplied, norms
 from qcompiler.passes.rewrite.op_nodes import arguments, change, spec_of
 from qcompiler.pipeline.passes import Pass, Report, Skip
 
@@ -88,10 +88,11 @@ def _gates(graph: Graph) -> Iterator[Node | Skip]:
         if parts is None:
             continue
         found = gated(parts.first, parts.second)
-        if found is None:
+        if found is None and multiplied(parts.first, parts.second):
             turned = gated(parts.second, parts.first) is not None
             reason = "the activation is of its second half" if turned else "its halves do not meet in act(first) · second"
             yield Skip(_name(node), reason)
+        if found is None:
             continue
         gate, active, times = found
         given = arguments(node)

@@ -154,6 +154,19 @@ def test_halves_that_meet_in_another_way_are_named(name: str) -> None:
     assert reasons(report)["gate+up"] == words and report.layers["up"]["edges"] == ["norm"]
 
 
+def test_keys_and_values_are_no_gate() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k, self.v = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.k(x).softmax(-1) + self.v(x)
+
+    graph, report, expected = fused(Pair())
+    assert torch.equal(run(graph), expected) and (report.matched, report.skipped) == (0, [])
+
+
 def test_a_product_that_is_one_already_and_whose_half_ends_within_a_tile() -> None:
     class Both(nn.Module):
         def __init__(self, hidden: int) -> None:
