@@ -120,7 +120,7 @@ def test_the_graph_after_it() -> None:
         "q+k+v.scales: float16[11, 3, 16] = buffer",
         "q+k+v.bias: float32[168] = buffer",
         "linear_nbit: float32[s0, 168] = qcompiler.linear_nbit(x, q+k+v.codes, q+k+v.scales, None, q+k+v.bias, None, None, None, "
-        "4, 32, 168, 96, 2, 1)",
+        "None, None, 4, 32, 168, 96, 2, 1, 0, 0.0)",
         "split_with_sizes: (float32[s0, 96], float32[s0, 32], float32[s0, 40]) = "
         "aten.split_with_sizes(linear_nbit, [96, 32, 40], -1)",
         "q/getitem: float32[s0, 96] = operator.getitem(split_with_sizes, 0)",
