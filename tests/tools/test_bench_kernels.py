@@ -90,7 +90,7 @@ def test_without_known_instructions_there_is_no_share_of_compute() -> None:
 
 def results(**changes: object) -> dict:
     return {
-        "shape": [4, 8], "megabytes": 256, "resident": False, "rounds": 2, "slice": 0.1,
+        "shape": [4, 8], "megabytes": 256, "resident": False, "rounds": 2, "slice": 0.1, "load_before": 0.0,
         "skipped": {"x": "why", "y": "why"}, "settings": [setting()],
     } | changes  # fmt: skip
 
@@ -107,6 +107,7 @@ def test_the_report_names_goals_peers_and_what_was_skipped() -> None:
     assert "weights a second, median ratios to onnxruntime" in text
     assert "goals: 0 of 5 reached" in text  # two shares of the read limit, three ratios
     assert "goals" not in shown(results(resident=True))
+    assert "BUSY MACHINE" not in text and "BUSY MACHINE" in shown(results(load_before=1000.0))
 
 
 def test_goals_count_only_where_they_were_measured() -> None:

@@ -13,6 +13,7 @@ anything on a machine that others use too. docs/kernel_benchmarks.md says what e
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import re
 import sys
@@ -78,6 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
     """Everything measured: a list of settings (threads and rows), each with its limits and sides, and what was skipped."""
+    load = os.getloadavg()[0]
     n, k = _shape(chosen.shape or ("1024x1024" if chosen.resident else "4096x4096"))
     megabytes = chosen.megabytes if chosen.megabytes is not None else 4 if chosen.resident else 256
     formats = _chosen("format", chosen.formats, FORMATS)
@@ -107,7 +109,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
             settings.append(_setting(case, [*sides, *peers], limits, order, skipped, chosen))
     return {
         "shape": [n, k], "megabytes": megabytes, "resident": chosen.resident, "rounds": chosen.rounds, "slice": chosen.slice,
-        "skipped": skipped, "settings": settings,
+        "load_before": load, "skipped": skipped, "settings": settings,
     }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from tools.bench.kernels_side import Case
 
 BASE = "int4-g32"  # of ours, which the ratios of formats are against
 RATE = "weights_per_second"
+BUSY = 0.3  # load of each processor before a run from which on its figures are not to be quoted
 
 
 def setting(
@@ -90,19 +91,21 @@ def written(found: dict[str, Any] | None, digits: int, factor: float = 1) -> str
 
 
 def document(results: dict[str, Any], command: list[str]) -> Document:
-    machine = {"cpu": cpu_model(), "processors": os.cpu_count(), "load": os.getloadavg()[0], **environment()}
+    machine = {"cpu": cpu_model(), "processors": os.cpu_count(), **environment()}
     data = {
         "command": command, "commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno")),
         "machine": machine, "library": str(library.library_path()), **results,
     }  # fmt: skip
     n, k = results["shape"]
     lines = [
-        f"{machine['cpu']}, {machine['processors']} processors (load {machine['load']:.1f}), kernels {machine['isa']}, "
+        f"{machine['cpu']}, {machine['processors']} processors (load {results['load_before']:.1f} before the run), kernels {machine['isa']}, "
         f"commit {data['commit'][:10]}{'+' if data['changed'] else ''}",
         f"matrices of {n} x {k}, {results['megabytes']:g} MB a walk{' (cache-resident)' if results['resident'] else ''}; "
         f"medians of {results['rounds']} interleaved rounds, quartiles in brackets",
         "ratios and shares: in the same round; ratios above 1: the row is faster, in weights a second",
     ]
+    if results["load_before"] > BUSY * (os.cpu_count() or 1):
+        lines.append("BUSY MACHINE: other programs ran before this one; threads that wait for each other lose most, so peers do")
     lines += skipped_lines(results["skipped"])
     blocks: list[Table | Text] = [Text("", lines)]
     for found in results["settings"]:
