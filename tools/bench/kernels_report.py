@@ -98,8 +98,8 @@ def document(results: dict[str, Any], command: list[str]) -> Document:
     }  # fmt: skip
     n, k = results["shape"]
     lines = [
-        f"{machine['cpu']}, {machine['processors']} processors (load {results['load_before']:.1f} before the run), kernels {machine['isa']}, "
-        f"commit {data['commit'][:10]}{'+' if data['changed'] else ''}",
+        f"{machine['cpu']}, {machine['processors']} processors (load {results['load_before']:.1f} before the run), "
+        f"kernels {machine['isa']}, commit {data['commit'][:10]}{'+' if data['changed'] else ''}",
         f"matrices of {n} x {k}, {results['megabytes']:g} MB a walk{' (cache-resident)' if results['resident'] else ''}; "
         f"medians of {results['rounds']} interleaved rounds, quartiles in brackets",
         "ratios and shares: in the same round; ratios above 1: the row is faster, in weights a second",
