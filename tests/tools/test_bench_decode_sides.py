@@ -105,6 +105,39 @@ def test_peers_that_cannot_take_part_are_skipped_with_a_word(tmp_path: Path, mon
         decode_engines.llama_configuration(str(tmp_path))
 
 
+@pytest.mark.parametrize(("variant", "cosine", "passes"), [
+    ("Q8_0", 0.42, False), ("Q8_0", float("nan"), False), ("Q8_0", 0.995, True), ("Q2_K", 0.42, True), ("Q2_K", -0.1, False),
+])  # fmt: skip
+def test_a_side_that_computes_another_model_does_not_take_part(
+    monkeypatch: pytest.MonkeyPatch, variant: str, cosine: float, passes: bool
+) -> None:
+    class Fake:
+        def __init__(self, *_: Any) -> None: ...
+
+        def __enter__(self) -> Fake:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def open(self, *_: Any) -> float:
+            return 1.0
+
+        def cosine(self, _: Path) -> float:
+            return cosine
+
+    monkeypatch.setattr(decode_sides, "Worker", Fake)
+    monkeypatch.setattr(decode_sides, "memory_of", lambda *_: None)
+    side = decode_sides.Side("llama", variant, {"path": "/p"})
+    if passes:
+        assert decode_sides.examined(side, Path("known"), np.arange(4), 1) == {"cosine": cosine, "memory": None}
+        return
+    with pytest.raises(Skip, match=f"not those of this model: cosine {cosine:.4f}"):
+        decode_sides.examined(side, Path("known"), np.arange(4), 1)
+    mine = decode_sides.Side("ours", "int8" if variant == "Q8_0" else "vq2", {"path": "/p"})
+    with pytest.raises(SystemExit, match="/p: its logits"):
+        decode_sides.examined(mine, Path("known"), np.arange(4), 1)
+
+
 # ---- llama.cpp
 
 

@@ -162,7 +162,7 @@ class Runner:
 
 
 def _quiet() -> None:
-    """Warnings and errors only."""
+    """Errors only."""
     import llama_cpp
 
     global _log
@@ -171,7 +171,7 @@ def _quiet() -> None:
 
 
 def _logged(level: int, text: bytes, _: Any) -> None:
-    if level in (3, 4):  # GGML_LOG_LEVEL_WARN, GGML_LOG_LEVEL_ERROR
+    if level == 4:  # GGML_LOG_LEVEL_ERROR; it warns at every load that tokens have no texts
         import sys
 
         sys.stderr.write(text.decode(errors="replace"))

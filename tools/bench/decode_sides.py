@@ -117,8 +117,9 @@ def examined(side: Side, known: Path, prompt: np.ndarray, threads: int) -> dict[
         with Worker(side.kind, threads) as worker:
             worker.open(side.path, CHECKED)
             cosine = worker.cosine(known)
-        if not cosine >= (LEAST_COSINE if side.variant in PRECISE else 0):
-            raise SideError(f"its logits are not those of this model: cosine {cosine:.4f}, expected {LEAST_COSINE} or more")
+        least = LEAST_COSINE if side.variant in PRECISE else 0
+        if not cosine >= least:
+            raise SideError(f"its logits are not those of this model: cosine {cosine:.4f}, expected {least} or more")
         return {"cosine": cosine, "memory": memory_of(side.kind, side.path, prompt, threads)}
     except SideError as error:
         if side.kind == "ours":
