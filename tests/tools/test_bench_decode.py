@@ -107,7 +107,7 @@ def rounds_of(rates: dict[str, float]) -> list[dict[str, Any]]:
             "sides": {
                 name: {
                     "prefill": 10 * rate / slow, "decode": rate / slow, "load": 2 / slow, "steps": [slow / rate] * 4,
-                    "idle_share": 0.001 * slow,
+                    "busy": 1.9, "idle_share": 0.001 * slow,
                 }
                 for name, rate in rates.items()
             },

@@ -19,6 +19,7 @@ import os
 import random
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,20 +129,25 @@ def round_of(
     tokens: np.ndarray,
     new: int,
 ) -> dict[str, Any]:
-    """Every side once: `prefill`, `decode` and `load`, each the higher the better, its `steps` and the others' `idle_share`."""
+    """Every side once: `prefill`, `decode` and `load`, each the higher the better, and its `steps`.
+
+    `busy` and `idle_share` are the processors that its process and all others used meanwhile.
+    """
     found: dict[str, dict[str, Any]] = {}
     for name in order.sample(list(sides), len(sides)):
         worker = workers[name]
         try:
             load = 1 / worker.open(sides[name].path, len(tokens) + new)
-            before = {other.pid: processor_seconds(other.pid) for other in workers.values() if other is not worker}
+            before = {other.pid: processor_seconds(other.pid) for other in workers.values()}
+            start = time.perf_counter()
             result = worker.run(tokens, new)
-            used = sum(processor_seconds(pid) - seconds for pid, seconds in before.items())
+            taken = time.perf_counter() - start
+            used = {pid: processor_seconds(pid) - seconds for pid, seconds in before.items()}
             worker.close()
         except SideError as error:
             raise SystemExit(f"{name}: {error}") from error
-        taken = len(tokens) / result["prefill"] + sum(result["steps"])
-        found[name] = {**result, "load": load, "idle_share": used / taken}
+        busy = used.pop(worker.pid) / taken
+        found[name] = {**result, "load": load, "busy": busy, "idle_share": sum(used.values()) / taken}
     # one machine, one limit: the fastest of the files' reads holds for all
     return {"sides": found, "limit": max(read.best() for read in reads)}
 
@@ -159,6 +165,7 @@ def summaries(
             "prefill": spread([r["prefill"] for r in own]),
             "decode": spread([r["decode"] for r in own]),
             "step": spread([1000 * step for r in own for step in r["steps"]], keep=False),
+            "busy": spread([r["busy"] for r in own]),
             "load_seconds": spread([1 / r["load"] for r in own]),
             "share_of_read": spread([r["sides"][name]["decode"] * read / r["limit"] for r in rounds]),
             "bytes_a_token": read,

@@ -7,6 +7,7 @@ The graph is what `optimum-intel` exports for a Llama: keys and values in variab
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,22 @@ from tools.bench.decode_engines import Skip, llama_configuration, weights
 
 GROUP = 128  # of int4, nncf's own default
 VARIANTS = ("float16", "int8", "int4")
+# `int4-dq128`: activations quantized to int8 in groups of 128, as ours are; the plugin's default is 32.
+SUFFIX = "-dq"
 
 
 def prepare(source: str, label: str, variant: str, work: Path, again: bool) -> Facts:
     """The checkpoint as IR: `int4` is INT4_SYM in groups of 128 with head and lookup in int8, `int8` INT8_ASYM a channel."""
-    if variant not in VARIANTS:
-        raise Skip(f"{variant} is none of {', '.join(VARIANTS)}")
+    weight, _, group = variant.partition(SUFFIX)
+    if weight not in VARIANTS or (SUFFIX in variant and not group.isdigit()):
+        raise Skip(f"{variant} is none of {', '.join(VARIANTS)}, with {SUFFIX}N or without")
     key = {"source": source_key(source), "variant": variant, "openvino": _version("openvino")}
-    if variant != "float16":
+    if weight != "float16":
         if importlib.util.find_spec("nncf") is None:
             raise Skip("nncf not installed, which compresses the weights")
         key |= {"nncf": _version("nncf")}
     llama_configuration(source)
-    return kept(work / f"{label}-{variant}-openvino", key, write, source, variant, again=again)
+    return kept(work / f"{label}-{variant}-openvino", key, write, source, weight, int(group or 0), again=again)
 
 
 def _version(package: str) -> str:
@@ -38,8 +42,8 @@ def _version(package: str) -> str:
     return version(package)
 
 
-def write(path: Path, source: str, variant: str) -> Facts:
-    """`model.xml` and `model.bin` in the folder `path`."""
+def write(path: Path, source: str, variant: str, group: int = 0) -> Facts:
+    """`model.xml`, `model.bin` and the plugin's properties in the folder `path`; `group`: of activations, 0 is the default's."""
     import openvino
 
     model = Llama(llama_configuration(source), weights(source)).model()
@@ -51,6 +55,8 @@ def write(path: Path, source: str, variant: str) -> Facts:
         model = nncf.compress_weights(model, **chosen)
     path.mkdir()
     openvino.save_model(model, path / "model.xml", compress_to_fp16=False)
+    properties = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": group} if group else {}
+    (path / "properties.json").write_text(json.dumps(properties))
     sizes = [(path / name).stat().st_size for name in ("model.xml", "model.bin")]
     return {"file_bytes": sum(sizes), "bytes_a_token": read_a_token(model), "data": "model.bin"}
 
@@ -210,12 +216,13 @@ class Llama:
 
 
 class Runner:
-    """See `decode_engines.Engine`: the plugin's defaults for latency, all that is set is the number of threads."""
+    """See `decode_engines.Engine`: the plugin's defaults for latency and the number of threads, beside what `write` noted."""
 
     def __init__(self, path: str, threads: int, capacity: int) -> None:
         import openvino
 
         properties = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads}
+        properties |= json.loads((Path(path) / "properties.json").read_text())
         self._compiled = openvino.Core().compile_model(Path(path) / "model.xml", "CPU", properties)
         self._request = self._compiled.create_infer_request()
         self.vocabulary = self._compiled.output("logits").partial_shape[2].get_length()

@@ -69,11 +69,13 @@ def _figures(case: dict[str, Any]) -> Table:
             name, written(found["decode"], 1), written(found["step"], 2), f"{100 * found['share_of_read']['median']:.0f}",
             written(found["prefill"], 0), written(found["load_seconds"], 2), _megabytes(memory.get("loading_anonymous")),
             _megabytes(memory.get("anonymous")), _megabytes(memory.get("resident")), f"{found['bytes_a_token'] / 1e6:.1f}",
-            f"{found['file_bytes'] / 1e6:.1f}", f"{found['cosine']:.4f}", f"{found['made']['seconds']:.0f}",
+            f"{found['file_bytes'] / 1e6:.1f}", f"{found['busy']['median']:.1f}", f"{found['cosine']:.4f}",
+            f"{found['made']['seconds']:.0f}",
         ))  # fmt: skip
     names = (
         "decode, tokens/s", "step, ms", "% of read", f"prompt of {case['prompt_tokens']}, tokens/s", "load, s",
-        "anonymous after load, MB", "anonymous, MB", "resident, MB", "MB a token", "files, MB", "cosine", "made in, s",
+        "anonymous until loaded, MB", "anonymous, MB", "resident, MB", "MB a token", "files, MB", "processors",
+        "cosine", "made in, s",
     )  # fmt: skip
     read = written(case["read_bytes_per_second"], 1, 1e-9)
     title = f"{case['model']}, {case['parameters']:,} parameters (read limit {read} GB/s)"

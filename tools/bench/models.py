@@ -45,12 +45,12 @@ def random_model(folder: Path, shape: dict, seed: int = 0) -> Path:
     # So that a product keeps the size of what goes into it.
     deviation = shape["hidden_size"] ** -0.5
     tensors = {}
-    for index, (name, shape) in enumerate(shapes.items()):
-        if len(shape) == 1:  # a norm's weight
-            tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
+    for index, (name, size) in enumerate(shapes.items()):
+        if len(size) == 1:  # a norm's weight
+            tensors[name] = torch.ones(size, dtype=torch.bfloat16)
         else:
             generator = torch.Generator().manual_seed(seed * 100_003 + index)
-            tensors[name] = torch.randn(shape, generator=generator).mul_(deviation).bfloat16()
+            tensors[name] = torch.randn(size, generator=generator).mul_(deviation).bfloat16()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)  # last: it marks the directory as complete
     return folder
