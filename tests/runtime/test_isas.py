@@ -122,15 +122,17 @@ def test_an_address_that_c_does_not_allow_is_refused(what, size):
 
 @needs_library
 @pytest.mark.parametrize("activation", [0, 1, 2])
-def test_experts_and_edges_equal_generic(activation):
+def test_experts_outliers_and_edges_equal_generic(activation):
     rng = np.random.default_rng(activation)
     weights = [make_weight(rng, 64, 150, 4, 32, True) for _ in range(3)]
     x = rng.standard_normal((5, 150)).astype(np.float32)
     books = vq_oracle.make_weight(rng, vq_oracle.VqForm(2, 64, 16, 128, 64), 64, 150)
+    outliers = rng.standard_normal((64, 2)).astype(np.float16)
     around = Edges(rng.standard_normal(150).astype(np.float32), 1e-5, rng.standard_normal((5, 32)).astype(np.float32), 1)
     for isa in ISAS:
         calls = {
             "experts": lambda isa: LIBRARY.experts(weights, x, [2, 0, 2, 1, 0], activation, isa=isa),
+            "mixed": lambda isa: LIBRARY.linear(weights[0], x, activation, columns=[3, 149], outliers=outliers, isa=isa),
             "linear": lambda isa: LIBRARY.linear(weights[0], x, activation, edges=around, isa=isa),
             "vq": lambda isa: LIBRARY.linear_vq(books, x, activation, edges=around, isa=isa),
         }
