@@ -18,7 +18,7 @@ SOLVE_SHARE = 0.6
 # What torch.onnx, onnxscript and the graphs take once the exporter runs.
 EXPORT_BYTES = 50 * 2**20
 # Bytes of a graph by target: what every one has (function bodies among it), and what a quantized layer adds.
-GRAPH_BYTES = {"onnx": (18_000, 1_050), "onnx-stock": (3_000, 1_000), "torch": (27_000, 26_800)}
+GRAPH_BYTES = {"onnx": (18_000, 1_050), "onnx-stock": (3_000, 1_000), "torch": (29_000, 19_100)}
 
 
 def peak_memory(quantizer: Quantizer, held: int, widened: bool) -> dict[str, int]:
