@@ -17,8 +17,9 @@ PEERS = (
     "ort:int4,ort:int4-g128,genai:int4,genai:int4-g128,openvino:int4,openvino:int8,"
     "llama:Q8_0,llama:Q4_0,llama:Q4_K_M,llama:Q2_K"
 )
-# Formats of 8 bits and more agree with the float model this well, or the side computes another model.
-PRECISE, LEAST_COSINE = ("int8", "Q8_0", "F16", "float16"), 0.99
+# Formats of 8 bits and more agree with the float model this well, or the side computes another model: queries and keys whose
+# rows are in another order give 0.4. One scale a channel loses more of normal numbers than one for 32 of them.
+LEAST_COSINE = {"F16": 0.99, "float16": 0.99, "Q8_0": 0.99, "int8": 0.95}
 CHECKED, CHECKED_PROMPT = 40, 24  # tokens of the comparison, and how many of them at once
 
 
@@ -117,7 +118,7 @@ def examined(side: Side, known: Path, prompt: np.ndarray, threads: int) -> dict[
         with Worker(side.kind, threads) as worker:
             worker.open(side.path, CHECKED)
             cosine = worker.cosine(known)
-        least = LEAST_COSINE if side.variant in PRECISE else 0
+        least = LEAST_COSINE.get(side.variant, 0)
         if not cosine >= least:
             raise SideError(f"its logits are not those of this model: cosine {cosine:.4f}, expected {least} or more")
         return {"cosine": cosine, "memory": memory_of(side.kind, side.path, prompt, threads)}
