@@ -56,7 +56,7 @@ def layer_records(quantizer: Quantizer) -> list[dict[str, Any]]:
                 "reason": context.left_in_float.get(site.name),
             }
         else:
-            record |= _described(scheme) | {"activation": scheme.activations}
+            record |= _described(scheme) | {"activation": scheme.activations, "packed_rows": [0, n], "edges": []}
             record |= state.get(site.name, {})
             if site.kind == "embedding":
                 record["activation"] = None  # a lookup has none
@@ -137,7 +137,7 @@ def planned_totals(
 
 def _follows(record: dict[str, Any]) -> bool:
     """Whether the layer is part of a fused op and not its first: what all rows share is stored once."""
-    return record.get("packed_rows", [0])[0] > 0
+    return record["packed_rows"][0] > 0
 
 
 def packed_totals(model: ir.Model) -> dict[str, int]:
