@@ -18,6 +18,7 @@ from qcompiler.capture.dimensions import limit_lengths, name_dimensions
 from qcompiler.capture.experts import experts_by_row
 from qcompiler.capture.prepared import Prepared
 from qcompiler.capture.quiet import Quiet
+from qcompiler.capture.torch_names import TorchNames
 from qcompiler.errors import QCompilerError, UnsupportedError
 
 
@@ -40,7 +41,7 @@ def export_torch(
 
 
 class _Loud(ExportQuantizer):
-    """The caller's quantizer with the silence lifted, and its own failure kept apart from the exporter's.
+    """The caller's quantizer with the silence lifted, torch as it is, and its own failure kept apart from the exporter's.
 
     It sees the weights as they are stored, in place of the stand-ins that were traced; without a quantizer they are
     only widened to the type that was traced.
@@ -49,10 +50,10 @@ class _Loud(ExportQuantizer):
     quantizes_fx_graph = True
     supported_formats = (ExportFormat.ONNX, ExportFormat.DYNAMO)
 
-    def __init__(self, inner: ExportQuantizer | None, quiet: Quiet, prepared: Prepared) -> None:
+    def __init__(self, inner: ExportQuantizer | None, quiet: Quiet, names: TorchNames, prepared: Prepared) -> None:
         super().__init__()
         self.inner = inner
-        self.quiet = quiet
+        self.quiet, self.names = quiet, names
         self.prepared, self.stored = prepared, prepared.stored
         self.failure: BaseException | None = None
 
@@ -62,7 +63,7 @@ class _Loud(ExportQuantizer):
             self.stored.put_back(model, widen=self.inner is None)
             if self.inner is None:
                 return model
-            with self.quiet.aloud():
+            with self.quiet.aloud(), self.names.as_they_were():
                 return self.inner.quantize(model, sample_inputs, export_format)
         except BaseException as failure:
             self.failure = failure
@@ -72,7 +73,7 @@ class _Loud(ExportQuantizer):
 @contextlib.contextmanager
 def _exporting(prepared: Prepared, quantizer: ExportQuantizer | None, target: str) -> Iterator[_Loud | None]:
     with Quiet() as quiet, experts_by_row(prepared.module):
-        ours = _Loud(quantizer, quiet, prepared) if quantizer is not None or prepared.stored else None
+        ours = _Loud(quantizer, quiet, TorchNames(), prepared) if quantizer is not None or prepared.stored else None
         try:
             yield ours
         except QCompilerError:

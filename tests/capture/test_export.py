@@ -144,3 +144,26 @@ class Broken(Passes):
 def test_a_failing_pass_is_not_taken_for_a_model_that_cannot_be_exported(error: Exception) -> None:
     with pytest.raises(type(error), match=str(error)):
         prepare(torch.nn.Linear(4, 4), torch.ones(2, 4)).export_onnx(Broken(error))
+
+
+class Named(Passes):
+    """Looks at what torch's names stand for, and passes on."""
+
+    def quantize(self, model, sample_inputs, export_format):
+        self.seen = torch_names()
+        self.draws = [torch.randperm(100, generator=torch.Generator().manual_seed(7)).tolist() for _ in range(2)]
+        return model
+
+
+def torch_names() -> tuple:
+    return (torch.randperm, torch.exp, torch.Tensor.exp, torch.where, torch.searchsorted, torch.Tensor.reshape, torch.full,
+            torch.split, torch.nn.functional.scaled_dot_product_attention)  # fmt: skip
+
+
+@pytest.mark.parametrize("export", ["export_onnx", "export_torch"])
+def test_passes_see_torch_as_it_is_and_not_as_the_exporter_has_it(export: str) -> None:
+    before, passes = torch_names(), Named()
+    getattr(prepare(torch.nn.Linear(4, 4), torch.ones(2, 4)), export)(passes)
+    assert all(ours is theirs for ours, theirs in zip(passes.seen, before, strict=True))
+    assert passes.draws[0] == passes.draws[1]
+    assert all(now is then for now, then in zip(torch_names(), before, strict=True))
