@@ -45,13 +45,13 @@ class Echo:
     def close(self) -> None: ...
 
 
-def test_a_run_is_a_warm_up_the_prompt_and_greedy_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_a_warm_up_the_prompt_and_greedy_steps_after_some_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_process, "PAUSE", 0)
     engine = Echo()
-    result = decode_process.run(engine, np.array([1, 2, 3, 4, 5]), 3)
-    assert [kind for kind, _ in engine.log] == ["prefill", *["step"] * 4, "prefill", *["step"] * 3]
-    # 1 + … + 5 = 15, 15 mod 11 = 4; 19 mod 11 = 8; 27 mod 11 = 5
-    assert engine.log[5:] == [("prefill", 5), ("step", 4), ("step", 8), ("step", 5)]
+    result = decode_process.run(engine, np.array([1, 2, 3, 4, 5]), 2, 3)
+    assert [kind for kind, _ in engine.log] == ["prefill", *["step"] * 4, "prefill", "prefill", *["step"] * 3]
+    # after the first two: 1 + 2 = 3; 3 + 3 = 6; 12 mod 11 = 1
+    assert engine.log[5:] == [("prefill", 5), ("prefill", 2), ("step", 3), ("step", 6), ("step", 1)]
     assert len(result["steps"]) == 3 and result["decode"] == pytest.approx(3 / sum(result["steps"]))
 
 
@@ -78,11 +78,11 @@ def test_a_worker_runs_an_artifact_and_tells_its_memory(tmp_path: Path) -> None:
     with Worker("ort", 1) as worker:
         assert worker.open(path, 64) > 0
         assert worker.cosine(known) > 0.99999
-        assert len(worker.run(prompt, 5)["steps"]) == 5
+        assert len(worker.run(prompt, 2, 5)["steps"]) == 5
         used = decode_process.processor_seconds(worker.pid)
         worker.close()
         with pytest.raises(SideError, match="'run' with no model open"):
-            worker.run(prompt, 1)
+            worker.run(prompt, 2, 1)
         with pytest.raises(SideError, match="nowhere does not exist"):
             worker.open("nowhere", 64)
     if os.path.exists("/proc/self/status"):

@@ -47,6 +47,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=11, metavar="N", help="rounds [11]")
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="to decode in a round [64]")
     parser.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens, cut to the context [512]")
+    parser.add_argument("--past", type=int, default=16, metavar="N", help="tokens before the first that is decoded [16]")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the order and the prompt [0]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go too")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keeps models and artifacts between runs")
@@ -82,9 +83,9 @@ def case(name: str, work: Path, chosen: argparse.Namespace) -> dict[str, Any]:
     names = [] if chosen.peers == "none" else chosen.peers.split(",")
     others, skipped = decode_sides.peers(source, label, names, work, chosen.recompile, rounded)
     manifest = json.loads((Path(own[0].path) / "manifest.json").read_text())
-    prompt = chosen.prompt if (context := manifest["context"]) is None else min(chosen.prompt, context - chosen.tokens)
-    if prompt < WARM_UP:
-        raise SystemExit(f"{label}: {chosen.tokens} tokens do not fit its context of {context}")
+    prompt = chosen.prompt if (context := manifest["context"]) is None else min(chosen.prompt, context)
+    if prompt < WARM_UP or (context is not None and chosen.past + chosen.tokens > context):
+        raise SystemExit(f"{label}: {chosen.past} + {chosen.tokens} tokens do not fit its context of {context}")
     vocabulary = next(info for info in manifest["outputs"] if info["role"] == "logits")["shape"][-1]
     order = random.Random(chosen.seed)
 
@@ -102,16 +103,16 @@ def case(name: str, work: Path, chosen: argparse.Namespace) -> dict[str, Any]:
     rounds = []
     with contextlib.ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(side.kind, chosen.threads)) for name, side in sides.items()}
-        reads = [Read(side.data, chosen.threads) for side in sides.values()]
+        reads = {name: Read(side.data, chosen.threads) for name, side in sides.items()}
         for index in range(chosen.repeats + 1):
             _tell(f"{label}: round {index} of {chosen.repeats}")
-            rounds.append(round_of(sides, workers, reads, order, _text(order, vocabulary, prompt), chosen.tokens))
+            rounds.append(round_of(sides, workers, reads, order, _text(order, vocabulary, prompt), chosen.past, chosen.tokens))
     del rounds[0]  # pages come into memory, clocks go up
     mine, theirs = [side.name for side in own], [side.name for side in others if side.name in sides]
     return {
         "model": label, "parameters": manifest["model"]["parameters"], "prompt_tokens": prompt, "ours": mine, "peers": theirs,
         "skipped": skipped, "sides": summaries(rounds, sides, [mine[0], *theirs], examined),
-        "read_bytes_per_second": spread([r["limit"] for r in rounds]),
+        "read_bytes_per_second": spread([limit for r in rounds for limit in r["limits"].values()]),
         # of the processors, by all others together while one side was measured: what spins, or lives on, shows here
         "idle_share": max(r["sides"][name]["idle_share"] for r in rounds for name in sides),
     }  # fmt: skip
@@ -124,9 +125,10 @@ def _text(order: random.Random, vocabulary: int, length: int) -> np.ndarray:
 def round_of(
     sides: dict[str, Side],
     workers: dict[str, Worker],
-    reads: list[Read],
+    reads: dict[str, Read],
     order: random.Random,
     tokens: np.ndarray,
+    past: int,
     new: int,
 ) -> dict[str, Any]:
     """Every side once: `prefill`, `decode` and `load`, each the higher the better, and its `steps`.
@@ -137,10 +139,10 @@ def round_of(
     for name in order.sample(list(sides), len(sides)):
         worker = workers[name]
         try:
-            load = 1 / worker.open(sides[name].path, len(tokens) + new)
+            load = 1 / worker.open(sides[name].path, max(len(tokens), past + new))
             before = {other.pid: processor_seconds(other.pid) for other in workers.values()}
             start = time.perf_counter()
-            result = worker.run(tokens, new)
+            result = worker.run(tokens, past, new)
             taken = time.perf_counter() - start
             used = {pid: processor_seconds(pid) - seconds for pid, seconds in before.items()}
             worker.close()
@@ -148,8 +150,7 @@ def round_of(
             raise SystemExit(f"{name}: {error}") from error
         busy = used.pop(worker.pid) / taken
         found[name] = {**result, "load": load, "busy": busy, "idle_share": sum(used.values()) / taken}
-    # one machine, one limit: the fastest of the files' reads holds for all
-    return {"sides": found, "limit": max(read.best() for read in reads)}
+    return {"sides": found, "limits": {name: read.best() for name, read in reads.items()}}
 
 
 def summaries(
@@ -167,7 +168,7 @@ def summaries(
             "step": spread([1000 * step for r in own for step in r["steps"]], keep=False),
             "busy": spread([r["busy"] for r in own]),
             "load_seconds": spread([1 / r["load"] for r in own]),
-            "share_of_read": spread([r["sides"][name]["decode"] * read / r["limit"] for r in rounds]),
+            "share_of_read": spread([r["sides"][name]["decode"] * read / r["limits"][name] for r in rounds]),
             "bytes_a_token": read,
             "file_bytes": side.facts["file_bytes"],
             "made": {key: value for key, value in side.facts.items() if key != "path"},

@@ -46,9 +46,9 @@ class Worker:
         """Seconds until the model is ready to run."""
         return self._ask(do="open", kind=self._kind, path=path, threads=self._threads, capacity=capacity)["seconds"]
 
-    def run(self, tokens: np.ndarray, new: int) -> dict[str, Any]:
-        """Tokens a second of the prompt (`prefill`) and of the `new` ones after it (`decode`), seconds of each of `steps`."""
-        return self._ask(do="run", tokens=tokens.tolist(), new=new)
+    def run(self, tokens: np.ndarray, past: int, new: int) -> dict[str, Any]:
+        """Tokens a second of the prompt (`prefill`), of `new` ones after its first `past` (`decode`); seconds of each of `steps`."""
+        return self._ask(do="run", tokens=tokens.tolist(), past=past, new=new)
 
     def cosine(self, reference: Path) -> float:
         """The lower of two cosines with the reference's logits: after a prompt, and after tokens one by one."""
@@ -104,7 +104,7 @@ def memory_of(kind: str, path: str, tokens: np.ndarray, threads: int) -> dict[st
         with _Peak(worker.pid) as peak:
             worker.open(path, len(tokens) + WARM_UP)
             loaded, loading = _status(worker.pid), peak.bytes
-            worker.run(tokens, WARM_UP)
+            worker.run(tokens, WARM_UP, WARM_UP)
         after = _status(worker.pid)
         assert loaded is not None and after is not None
         loading = max(loading, loaded["RssAnon"])
@@ -160,15 +160,16 @@ def processor_seconds(pid: int) -> float:
 # ---- the child
 
 
-def run(engine: Engine, tokens: np.ndarray, new: int) -> dict[str, Any]:
+def run(engine: Engine, tokens: np.ndarray, past: int, new: int) -> dict[str, Any]:
     """See `Worker.run`. A step is a greedy choice and the token's way through the model."""
     engine.prefill(tokens[:WARM_UP])
     for token in tokens[:WARM_UP]:
         engine.step(int(token))
     time.sleep(PAUSE)
     start = time.perf_counter()
-    logits = engine.prefill(tokens)
+    engine.prefill(tokens)
     prefill = len(tokens) / (time.perf_counter() - start)
+    logits = engine.prefill(tokens[:past])
     steps = []
     for _ in range(new):
         start = time.perf_counter()
@@ -212,7 +213,7 @@ def _serve() -> int:
                     engine = module(given["kind"]).Runner(given["path"], given["threads"], given["capacity"])
                     answer["seconds"] = time.perf_counter() - start
                 case "run" if engine is not None:
-                    answer |= run(engine, np.array(given["tokens"]), given["new"])
+                    answer |= run(engine, np.array(given["tokens"]), given["past"], given["new"])
                 case "check" if engine is not None:
                     answer["cosine"] = check(engine, Path(given["reference"]))
                 case "close" if engine is not None:

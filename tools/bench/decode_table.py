@@ -40,7 +40,8 @@ def document(cases: list[dict[str, Any]], chosen: argparse.Namespace) -> Documen
         f"{machine['cpu']}, {machine['processors']} processors (load {machine['load']:.1f}), kernels {machine['isa']}, "
         f"{chosen.threads} threads, commit {data['commit'][:10]}{'+' if data['changed'] else ''}",
         ", ".join(f"{package} {version}" for package, version in versions.items()),
-        f"medians of {chosen.repeats} interleaved rounds, quartiles in brackets; {chosen.tokens} tokens decoded a round",
+        f"medians of {chosen.repeats} interleaved rounds, quartiles in brackets; {chosen.tokens} tokens decoded a round "
+        f"after {chosen.past}",
         f"limit: {DESCRIPTION}",
         "ratios: in the same round, above 1 the row is faster; small models fit into the caches",
         "memory: beyond what the process had before it opened the model; mapped pages that were read count as resident",
