@@ -14,8 +14,7 @@
 namespace qc {
 namespace {
 
-constexpr int64_t kPieceBytes = 64 << 10;        // weights per claim: few enough that nobody waits long for the last
-constexpr int64_t kPanelBytes = 192 << 10;       // the same where many rows meet them; they stay in L2
+constexpr int64_t kPieceBytes = 192 << 10;       // weights per claim; with many rows they stay in L2
 constexpr int64_t kSmallBytes = 192 << 10;       // a matrix this small, with
 constexpr int64_t kSmallProducts = 4 << 20;      // this few multiplications, stays on the calling thread
 constexpr int64_t kActivationBytes = 2 << 20;    // prepared activations that are swept at once
@@ -178,8 +177,8 @@ bool run_pieces(const Workers& workers, const Kernels& kernels, LinearFunction p
     return memory;
   }
   const int64_t wanted = 4 * int64_t(workers.threads);
-  int64_t tiles_per_piece = std::clamp<int64_t>((blocks > 1 ? kPanelBytes : kPieceBytes) / tile_bytes, 1, tiles);
-  if (blocks > 1) tiles_per_piece = std::clamp<int64_t>(tiles / wanted, 1, tiles_per_piece);
+  // Some claims for each thread, so that none waits long for another's last.
+  const int64_t tiles_per_piece = std::clamp<int64_t>(tiles / wanted, 1, std::max<int64_t>(kPieceBytes / tile_bytes, 1));
   const int64_t tile_pieces = ceil_div(tiles, tiles_per_piece);
   const int64_t row_cuts = tile_pieces < wanted ? std::min(blocks, ceil_div(wanted, tile_pieces)) : 1;
   const int64_t blocks_per_piece = ceil_div(blocks, row_cuts);
