@@ -1,5 +1,7 @@
 #include "arguments.h"
 
+#include <cstring>
+
 #include "failure.h"
 
 namespace qc::ort {
@@ -17,7 +19,30 @@ const char* type_text(int type) {
   }
 }
 
+// Bytes of an element, which is also the alignment that it needs.
+size_t element_bytes(int type) {
+  switch (type) {
+    case kFloat:
+    case kInt32: return 4;
+    case kInt64: return 8;
+    case kFloat16: return 2;
+    default: return 1;
+  }
+}
+
 }  // namespace
+
+Tensor AlignedCopies::of(const Tensor& found) {
+  const size_t size = element_bytes(found.type);
+  if (reinterpret_cast<uintptr_t>(found.data) % size == 0) return found;
+  size_t bytes = size;
+  for (const int64_t axis : found.shape) bytes *= static_cast<size_t>(axis);
+  held_.push_back(std::make_unique<unsigned char[]>(bytes));  // as aligned as any type needs
+  std::memcpy(held_.back().get(), found.data, bytes);
+  Tensor copy = found;
+  copy.data = held_.back().get();
+  return copy;
+}
 
 std::string name_text(const InputName& input) { return "input " + std::to_string(input.index) + " (" + input.name + ")"; }
 
@@ -151,7 +176,7 @@ Weight::Weight(const Api& api, const OrtKernelInfo* info, size_t first, int64_t 
 
   for (int part = kCodes; part < kParts; ++part)
     if (const OrtValue* value = constant_input(api, info, first_ + part))
-      constant_[part] = checked(static_cast<Part>(part), tensor(api, value));
+      constant_[part] = checked(static_cast<Part>(part), copies_.of(tensor(api, value)));
 }
 
 Shape Weight::expected_shape(Part part) const {
@@ -224,7 +249,7 @@ Activations::Activations(const Api& api, const OrtKernelInfo* info, size_t first
                                      ", expected 0 (float), 1 (int8 per token), 2 (int8 per block of 128) or 3 (static int8)"};
   for (int part = kScale; part < kParts; ++part)
     if (const OrtValue* value = constant_input(api, info, first_ + part))
-      constant_[part] = checked(static_cast<Part>(part), tensor(api, value));
+      constant_[part] = checked(static_cast<Part>(part), copies_.of(tensor(api, value)));
 }
 
 const void* Activations::checked(Part part, const Tensor& found) const {
@@ -257,7 +282,7 @@ const qc_activation_range* Activations::resolve(const Api& api, const OrtKernelC
 
 Bias::Bias(const Api& api, const OrtKernelInfo* info, size_t index, int64_t n, int64_t matrices)
     : index_(index), n_(n), matrices_(matrices) {
-  if (const OrtValue* value = constant_input(api, info, index)) constant_ = checked(tensor(api, value));
+  if (const OrtValue* value = constant_input(api, info, index)) constant_ = checked(copies_.of(tensor(api, value)));
 }
 
 const float* Bias::checked(const Tensor& found) const {

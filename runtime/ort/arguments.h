@@ -2,6 +2,7 @@
 #ifndef QCOMPILER_ORT_ARGUMENTS_H
 #define QCOMPILER_ORT_ARGUMENTS_H
 
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -16,6 +17,16 @@ struct Tensor {
   int type = kUndefined;
   Shape shape;
   void* data = nullptr;
+};
+
+// Tensors at addresses that their types may have. A small initializer lies inside the model's own bytes wherever those put it: it is
+// copied, and the copy lives as long as this does. What lies in a mapped file is aligned and stays where it is.
+class AlignedCopies {
+ public:
+  Tensor of(const Tensor& found);
+
+ private:
+  std::vector<std::unique_ptr<unsigned char[]>> held_;
 };
 
 // An input as messages name it.
@@ -83,6 +94,7 @@ class Weight {
   size_t first_;
   int64_t matrices_;
   const void* constant_[kParts] = {};
+  AlignedCopies copies_;
 };
 
 // Indices of rows with -n ... -1 counted from the end: `indices`, or `storage` where one is negative. Throws where one is out of
@@ -109,6 +121,7 @@ class Activations {
   size_t first_;
   int32_t kind_;
   const void* constant_[kParts] = {};
+  AlignedCopies copies_;
 };
 
 // The same for an optional float vector of n elements, or `matrices` of them (0: one, without an axis of its own).
@@ -124,6 +137,7 @@ class Bias {
   size_t index_;
   int64_t n_, matrices_;
   const float* constant_ = nullptr;
+  AlignedCopies copies_;
 };
 
 }  // namespace qc::ort

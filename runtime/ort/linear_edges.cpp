@@ -29,7 +29,7 @@ LinearEdges::LinearEdges(const Api& api, const OrtKernelInfo* info, size_t first
   if (!(epsilon_ >= 0) || !std::isfinite(epsilon_))
     throw Failure{kInvalidGraph, "attribute 'epsilon' is " + std::to_string(epsilon_) +
                                      ", expected a finite number of at least 0"};
-  if (const OrtValue* value = constant_input(api, info, first_ + 1)) constant_norm_ = checked_norm(tensor(api, value));
+  if (const OrtValue* value = constant_input(api, info, first_ + 1)) constant_norm_ = checked_norm(copies_.of(tensor(api, value)));
 }
 
 const float* LinearEdges::checked_norm(const Tensor& found) const {

@@ -25,6 +25,7 @@ class LinearEdges {
   int32_t gate_;
   float epsilon_;
   const float* constant_norm_ = nullptr;
+  AlignedCopies copies_;
 };
 
 }  // namespace qc::ort

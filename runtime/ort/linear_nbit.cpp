@@ -39,10 +39,10 @@ constexpr OpInput kMixedInputs[] = {
 };
 
 // The columns and their float weights, of inputs `first` and the one after it.
-qc_outliers resolve_outliers(const Api& api, const OrtKernelContext* context, size_t first, int64_t n) {
+qc_outliers resolve_outliers(const Api& api, const OrtKernelContext* context, size_t first, int64_t n, AlignedCopies& copies) {
   const InputName columns_name{first, "columns"}, weights_name{first + 1, "outliers"};
-  const Tensor columns = required_input(api, context, columns_name);
-  const Tensor weights = required_input(api, context, weights_name);
+  const Tensor columns = copies.of(required_input(api, context, columns_name));
+  const Tensor weights = copies.of(required_input(api, context, weights_name));
   const int64_t count = columns.shape.size() == 1 ? columns.shape[0] : 0;
   expect(columns_name, columns, kInt32, {count}, " (one dimension)");
   expect(weights_name, weights, kFloat16, {(n + 15) / 16, count, 16}, " (n " + std::to_string(n) + ")");
@@ -69,7 +69,8 @@ class Linear final : public Kernel {
     qc_activation_range storage{};
     const qc_activation_range* range = activations_.resolve(api, context, storage);
     qc_outliers outliers{};
-    if (Mixed) outliers = resolve_outliers(api, context, 4, weight.n);
+    AlignedCopies copies;
+    if (Mixed) outliers = resolve_outliers(api, context, 4, weight.n, copies);
 
     Shape shape = x.shape;
     shape.back() = Mixed ? weight.n : edges_->columns();

@@ -45,7 +45,7 @@ VqWeight::VqWeight(const Api& api, const OrtKernelInfo* info) {
 
   for (int part = kCodes; part < kParts; ++part)
     if (const OrtValue* value = constant_input(api, info, kFirst + part))
-      constant_[part] = checked(static_cast<Part>(part), tensor(api, value));
+      constant_[part] = checked(static_cast<Part>(part), copies_.of(tensor(api, value)));
 }
 
 Shape VqWeight::expected_shape(Part part) const {

@@ -24,6 +24,7 @@ class VqWeight {
 
   qc_vq_weight description_{};
   const void* constant_[kParts] = {};
+  AlignedCopies copies_;
 };
 
 }  // namespace qc::ort

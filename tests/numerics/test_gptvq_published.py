@@ -81,9 +81,9 @@ def test_our_defaults_lose_less():
 
 def test_the_report_has_every_layer_and_side():
     layer = random_layer(32, 256, seed=0)
-    case = bench.measure(layer, "2.125", 1, random.Random(0), published=True)
+    case = bench.measure(layer, "2.125", 1, random.Random(0), list(bench.OPTIONS), published=True)
     assert set(case["sides"]) == {*bench.OPTIONS, bench.PUBLISHED} and case["fallbacks"] == []
-    document = bench.report([case, {**case, "layer": "0.mlp"}], argparse.Namespace(threads=1, repeats=1))
+    document = bench.report([case, {**case, "layer": "0.mlp"}], argparse.Namespace(bits="2.125", threads=1, repeats=1))
     layers, means = document.blocks[1:]
     assert [row[0] for row in layers.rows] == ["random 32x256", "0.mlp"] and len(means.rows) == 3
     assert all(len(row) == len(table.columns) for table in (layers, means) for row in table.rows)

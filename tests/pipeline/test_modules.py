@@ -14,6 +14,7 @@ from torch import nn
 import qcompiler
 from qcompiler.errors import GateError, InputError, UsageError
 from qcompiler.runtime.artifact import open_artifact, verify_files
+from qcompiler.runtime import options
 from qcompiler.runtime.session import Session
 from tests.pipeline.fake_quantized import fake_quantized
 
@@ -94,8 +95,9 @@ def test_wrong_inputs_are_named(compiled: qcompiler.CompileResult) -> None:
         session.run()
 
 
-def test_without_the_library(tmp_path: Path) -> None:
+def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Biases the other way round, float activations, and no kernel of ours."""
+    monkeypatch.setattr(options, "_warned_portable", False)  # a process is told once
     module = network(bias=False)
     result = qcompiler.compile(module, output=tmp_path / "out", example={"input": rows(2)}, recipe="int4-weights")
     with pytest.warns(RuntimeWarning, match="without the op library"):
