@@ -13,8 +13,8 @@ from torch import nn
 
 import qcompiler
 from qcompiler.errors import GateError, InputError, UsageError
-from qcompiler.runtime.artifact import open_artifact, verify_files
 from qcompiler.runtime import options
+from qcompiler.runtime.artifact import open_artifact, verify_files
 from qcompiler.runtime.session import Session
 from tests.pipeline.fake_quantized import fake_quantized
 

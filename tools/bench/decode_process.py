@@ -47,7 +47,7 @@ class Worker:
         return self._ask(do="open", kind=self._kind, path=path, threads=self._threads, capacity=capacity)["seconds"]
 
     def run(self, tokens: np.ndarray, past: int, new: int) -> dict[str, Any]:
-        """Tokens a second of the prompt (`prefill`) and of `new` ones after `past` of it (`decode`), seconds of each of `steps`."""
+        """Tokens a second of the prompt (`prefill`) and of `new` ones after `past` (`decode`), seconds of each of `steps`."""
         return self._ask(do="run", tokens=tokens.tolist(), past=past, new=new)
 
     def cosine(self, reference: Path) -> float:
