@@ -88,6 +88,18 @@ static inline void decode_chunk(const uint8_t* codes, int bits, int8_t* out) {
   }
 }
 
+// Asks for the codes a page ahead of p. One row meets each weight once: where decoding a byte or ending a group takes long enough
+// for a core to run out of loads in flight, codes asked for by hand arrive as fast as memory delivers them. Elsewhere
+// the core's own prefetcher is ahead of that already, and is only disturbed (measured; docs/kernels.md).
+template <int64_t Bytes>
+inline __attribute__((always_inline)) void ask_ahead(const uint8_t* p) {
+  constexpr uintptr_t kAhead = 4096;  // as a number: what lies there need not belong to the tensor
+  for (uintptr_t i = 0; i < Bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(p) + kAhead + i), 0, 3);
+}
+
+// Whether affine codes of so many bits are asked for, with so many inputs to a scale.
+constexpr bool asks_ahead(int bits, int64_t segment) { return bits == 2 || segment < kActivationBlock; }
+
 }  // namespace
 }  // namespace qc
 #endif

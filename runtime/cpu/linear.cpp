@@ -14,7 +14,9 @@
 namespace qc {
 namespace {
 
-constexpr int64_t kPieceBytes = 192 << 10;       // weights per claim; with many rows they stay in L2
+constexpr int64_t kFewRows = 16;                 // up to here reading the weights takes the time,
+constexpr int64_t kStreamBytes = 1 << 20;        // and long pieces: where one begins, a core's loads start anew
+constexpr int64_t kPieceBytes = 192 << 10;       // weights per claim for more rows: they stay in L2
 constexpr int64_t kSmallBytes = 192 << 10;       // a matrix this small, with
 constexpr int64_t kSmallProducts = 4 << 20;      // this few multiplications, stays on the calling thread
 constexpr int64_t kActivationBytes = 2 << 20;    // prepared activations that are swept at once
@@ -176,9 +178,10 @@ bool run_pieces(const Workers& workers, const Kernels& kernels, LinearFunction p
     kernel(0, tiles, 0, blocks);
     return memory;
   }
-  const int64_t wanted = 4 * int64_t(workers.threads);
   // Some claims for each thread, so that none waits long for another's last.
-  const int64_t tiles_per_piece = std::clamp<int64_t>(tiles / wanted, 1, std::max<int64_t>(kPieceBytes / tile_bytes, 1));
+  const int64_t wanted = workers.threads > 1 ? 4 * int64_t(workers.threads) : 1;
+  const int64_t most_bytes = job.rows <= kFewRows ? kStreamBytes : kPieceBytes;
+  const int64_t tiles_per_piece = std::clamp<int64_t>(tiles / wanted, 1, std::max<int64_t>(most_bytes / tile_bytes, 1));
   const int64_t tile_pieces = ceil_div(tiles, tiles_per_piece);
   const int64_t row_cuts = tile_pieces < wanted ? std::min(blocks, ceil_div(wanted, tile_pieces)) : 1;
   const int64_t blocks_per_piece = ceil_div(blocks, row_cuts);

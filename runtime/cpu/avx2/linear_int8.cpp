@@ -82,7 +82,10 @@ QC_INLINE void halves(const LinearJob& job, const TileCodes<Bits>& codes, int64_
       }
     }
     const int64_t end = chunk + per_segment < chunks ? chunk + per_segment : chunks;
-    for (; chunk < end; ++chunk, x += 8 * R) add_chunk<Bits, Full, R, H>(codes.chunk(chunk) + 32 * first, x, dot);
+    for (; chunk < end; ++chunk, x += 8 * R) {
+      if (R == 1 && asks_ahead(Bits, job.segment)) ask_ahead<chunk_bytes(Bits)>(codes.chunk(chunk));
+      add_chunk<Bits, Full, R, H>(codes.chunk(chunk) + 32 * first, x, dot);
+    }
     for (int h = 0; h < H; ++h) {
       const __m256 scale = load_scales(scales, first + h);
       __m256i zero = Asymmetric ? load_zeros<Bits>(zeros, first + h) : _mm256_setzero_si256();

@@ -35,6 +35,7 @@ QC_INLINE void halves(const LinearJob& job, const VqCodes<Decoder::kBits>& codes
       const int64_t end = chunk + per_segment < chunks ? chunk + per_segment : chunks;
       for (; chunk < end; ++chunk, x += 8 * R) {
         const uint8_t* p = codes.chunk(chunk) + 32 * first;
+        if (R == 1 && Decoder::kBits == 2) ask_ahead<chunk_bytes(2)>(p);
         decoder.template each<H>(p, chunk % 2 != 0, [&](int j, const Halves<H>& v) QC_LAMBDA_INLINE {
           for (int m = 0; m < R; ++m) {
             const __m256i a = _mm256_set1_epi32(x[j * R + m]);

@@ -27,6 +27,7 @@ QC_INLINE void halves(const LinearJob& job, const TileCodes<Bits>& codes, int64_
     Sums<R, H> dots(Asymmetric ? nullptr : sums);
     const int64_t end = chunk + per_segment < chunks ? chunk + per_segment : chunks;
     for (; chunk < end; ++chunk, x += 8 * R) {
+      if (R == 1 && asks_ahead(Bits, job.segment)) ask_ahead<chunk_bytes(Bits)>(codes.chunk(chunk));
       each_vector<Bits, H>(codes.chunk(chunk) + 32 * first, [&](int j, const Halves<H>& v) QC_LAMBDA_INLINE {
         dots.add(j, Bits == 8 ? v.flipped() : v.masked((1 << Bits) - 1), x);
       });

@@ -32,6 +32,7 @@ void tile_int8(const LinearJob& job, int64_t tile, int64_t block) {
     }
     const int64_t end = chunk + per_segment < chunks ? chunk + per_segment : chunks;
     for (; chunk < end; ++chunk, x += 8 * R) {
+      if (R == 1 && asks_ahead(Bits, job.segment)) ask_ahead<chunk_bytes(Bits)>(codes.chunk(chunk));
       each_vector<Bits>(codes.chunk(chunk), [&](int j, __m512i v) QC_LAMBDA_INLINE {
         if (Bits < 8) v = _mm512_and_si512(v, mask);
         for (int m = 0; m < R; ++m) {
