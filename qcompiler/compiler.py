@@ -255,6 +255,7 @@ def _prepare(
         reporter.note(note)
     feeds = _samples(loaded, prepared, text, recipe, reporter)
     quantizer = Quantizer(recipe, reporter=reporter, samples=feeds, kind=prepared.kind)
+    quantizer.captured = prepared.report()
     return loaded, prepared, quantizer
 
 
@@ -281,11 +282,12 @@ def _samples(
 
         from qcompiler.evaluate.calibration import calibration_batches
 
+        length = wanted.length or min(context.default or DEFAULT_LENGTH, DEFAULT_LENGTH)
         windows = calibration_batches(
             loaded.directory,
             text=text,
             samples=samples,
-            length=wanted.length or min(context.default or DEFAULT_LENGTH, DEFAULT_LENGTH),
+            length=min(length, prepared.longest or length),  # known since the graph was captured
             seed=wanted.seed,
             reporter=reporter,
         )

@@ -69,7 +69,13 @@ def _onnx(
 
 
 def _limits(prepared: Prepared) -> dict[str, Any]:
-    return {} if prepared.longest is None else {"extra": {"longest": prepared.longest}}
+    """What the manifest says of texts that the graph is not right for, and of a missing cache."""
+    extra: dict[str, Any] = {} if prepared.longest is None else {"longest": prepared.longest}
+    if prepared.shortest > 1:
+        extra["shortest"] = prepared.shortest
+    if prepared.whole is not None:
+        extra["whole_text"] = {"reason": prepared.whole, "causal": prepared.causal}
+    return {"extra": extra} if extra else {}
 
 
 def _with_step(cache: dict[str, Any] | None, prepared: Prepared) -> dict[str, Any] | None:

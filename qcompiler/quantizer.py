@@ -19,6 +19,7 @@ from qcompiler.ops.onnx_ops import register
 from qcompiler.passes import pipeline
 from qcompiler.pipeline.context import Context
 from qcompiler.pipeline.manager import PassManager
+from qcompiler.pipeline.passes import Report
 from qcompiler.pipeline.probe import output_sqnr
 from qcompiler.pipeline.trace import Trace
 from qcompiler.recipe.schema import Recipe
@@ -70,6 +71,7 @@ class Quantizer(ExportQuantizer):
         self.store: SolvedStore | None = None  # solved sites, for resuming
         self.trace_timings = True
         self.fuse = True  # False for a target whose ops are one for every layer
+        self.captured: Report | None = None  # what capture had to decide, for the record
         self.trace = Trace()
         self.graph: Graph | None = None
         self.context: Context | None = None
@@ -94,7 +96,7 @@ class Quantizer(ExportQuantizer):
         )
         context.solutions.folder = self.scratch
         manager = PassManager(self.trace, self.verify_each)
-        manager.capture(graph)
+        manager.capture(graph, self.captured, context)
         before, after = pipeline(self.recipe, self.fuse)
         manager.run(graph, context, before)
         self._check_coverage()

@@ -22,10 +22,11 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 _MANIFEST_LIMIT = 100 * 2**20
 TARGETS = ("onnx", "onnx-stock", "torch")
-KINDS = ("decoder", "encoder", "module")
+KINDS = ("decoder", "encoder", "encoder-decoder", "module")
 # What the exporters call a tensor says what it is; a manifest may leave the role out for these.
 _ROLE_OF_NAME = {
     "input_ids": "tokens",
+    "decoder_input_ids": "decoder_tokens",
     "position_ids": "positions",
     "attention_mask": "mask",
     "token_type_ids": "token_types",
@@ -39,9 +40,9 @@ _ROLE_OF_NAME = {
 class TensorInfo:
     """One input or output of the graph.
 
-    `shape` holds numbers and, for free axes, names. `role` says what an input is for: `tokens`, `positions`, `mask`,
-    `token_types`, `past_length`, `logits_to_keep`, `past_key`, `past_value`, `past_state` or `other`; what an output is:
-    `logits`, `hidden`, `pooled`, `present_key`, `present_value`, `present_state` or `other`.
+    `shape` holds numbers and, for free axes, names. `role` says what an input is for: `tokens`, `decoder_tokens`,
+    `positions`, `mask`, `token_types`, `past_length`, `logits_to_keep`, `past_key`, `past_value`, `past_state` or `other`;
+    what an output is: `logits`, `hidden`, `pooled`, `present_key`, `present_value`, `present_state` or `other`.
     """
 
     name: str
@@ -110,12 +111,15 @@ class Artifact:
     Attributes:
         path: the directory.
         target: `onnx` (needs the op library), `onnx-stock` (does not) or `torch`.
-        kind: `decoder`, `encoder` or `module`.
+        kind: `decoder`, `encoder`, `encoder-decoder` or `module`.
         entry: name of the graph's file.
         cache: None for a model without one.
         bos, eos, pad: token ids; `eos` has every id that ends a text, and may be empty.
         context: the longest sequence that the model was made for, None where that is not known.
-        longest: the longest text that the graph of an encoder computes rightly, None for any.
+        shortest, longest: the texts that a graph without a cache computes rightly; None for any length.
+        whole_text: why a decoder has no cache; None where it has one.
+        causal: whether the logits of a decoder predict after every token, and not after the last one alone.
+        decoder_start: what an encoder-decoder's decoder begins with: a token id or, where a first one is forced, two.
         manifest: the whole manifest, as read.
     """
 
@@ -130,7 +134,11 @@ class Artifact:
     eos: tuple[int, ...]
     pad: int | None
     context: int | None
+    shortest: int
     longest: int | None
+    whole_text: str | None
+    causal: bool
+    decoder_start: tuple[int, ...]
     layout_version: int
     files: Mapping[str, FileInfo]
     manifest: Mapping[str, Any] = field(repr=False)
@@ -270,6 +278,8 @@ class _Reader:
         cache = manifest.get("cache")
         cache = None if cache is None else self.cache(self.table(cache, "cache"))
         tokens = self.table(manifest.get("tokens") or {}, "tokens")
+        whole = manifest.get("whole_text")
+        whole = None if whole is None else self.table(whole, "whole_text")
         eos = tokens.get("eos")
         eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
         return Artifact(
@@ -284,7 +294,11 @@ class _Reader:
             eos=tuple(self.number(token, "tokens.eos") for token in eos),
             pad=self.optional(tokens.get("pad"), "tokens.pad"),
             context=self.optional(manifest.get("context"), "context"),
+            shortest=self.number(manifest.get("shortest", 1), "shortest"),
             longest=self.optional(manifest.get("longest"), "longest"),
+            whole_text=None if whole is None else self.text(whole.get("reason"), "whole_text.reason"),
+            causal=whole is None or whole.get("causal") is not False,
+            decoder_start=tuple(self.number(token, "tokens.decoder_start") for token in tokens.get("decoder_start") or ()),
             layout_version=self.number(manifest.get("layout_version", 1), "layout_version"),
             files=files,
             manifest=manifest,

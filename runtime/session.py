@@ -16,6 +16,7 @@ from qcompiler.runtime.artifact import Artifact, open_artifact
 from qcompiler.runtime.decoder import Decoder, OnnxDecoder
 from qcompiler.runtime.options import check_onnxruntime, plain_options, session_options
 from qcompiler.runtime.torch_program import TorchDecoder, TorchProgram
+from qcompiler.runtime.whole import WholeText
 
 __all__ = ["Session", "check_onnxruntime", "session_options"]
 
@@ -27,8 +28,10 @@ PIECE = 256
 class Session:
     """An artifact in ONNX Runtime.
 
-    A decoder keeps the text so far in its cache: `prefill` appends a prompt, `step` one token, `reset` starts anew.
-    Anything else is called with arrays: `run`. Not for several threads at once.
+    A decoder keeps the text so far in its cache: `prefill` appends a prompt, `step` one token, `reset` starts anew. One
+    without a cache keeps the tokens, and computes the whole text every time. So does an encoder-decoder, whose encoder
+    `read`s a text first; `prefill` and `step` are its decoder's. Anything else is called with arrays: `run`. Not for several
+    threads at once.
 
     Args:
         source: the artifact's directory, or an `Artifact`.
@@ -63,12 +66,19 @@ class Session:
         self._program: TorchProgram | None = None
         if self.artifact.target == "torch":
             self._program = TorchProgram(self.artifact, threads)
-            if self.artifact.kind == "decoder":
+        else:
+            self.onnx = _open(self.artifact, threads, portable, providers)
+        if self.artifact.whole_text is not None or (self.artifact.kind == "encoder-decoder" and self._generates()):
+            self._decoder = WholeText(self.artifact, self._outputs)
+        elif self.artifact.kind == "decoder":
+            if self._program is not None:
                 self._decoder = TorchDecoder(self._program)
-            return
-        self.onnx = _open(self.artifact, threads, portable, providers)
-        if self.artifact.kind == "decoder":
-            self._decoder = OnnxDecoder(self.onnx, self.artifact, capacity)
+            else:
+                assert self.onnx is not None
+                self._decoder = OnnxDecoder(self.onnx, self.artifact, capacity)
+
+    def _generates(self) -> bool:
+        return any(info.role == "logits" and isinstance(info.shape[-1], int) for info in self.artifact.outputs)
 
     # ---- decoders
 
@@ -79,9 +89,18 @@ class Session:
             raise UsageError(f"{self.artifact.path} is of kind {self.artifact.kind!r}, not a decoder: use run()")
         return self._decoder
 
+    def read(self, tokens: Sequence[int] | np.ndarray) -> None:
+        """Let the encoder of an encoder-decoder read `tokens`; the decoder's text begins anew."""
+        if self.artifact.kind != "encoder-decoder":
+            raise UsageError(f"{self.artifact.path} is of kind {self.artifact.kind!r}: it has no encoder to read with")
+        decoder = self.decoder
+        assert isinstance(decoder, WholeText)
+        decoder.reset()
+        decoder.source = self._checked(tokens)
+
     @property
     def length(self) -> int:
-        """Positions in the cache."""
+        """Tokens so far: positions in the cache."""
         return self.decoder.length
 
     @property
@@ -115,7 +134,8 @@ class Session:
     def logits(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """The logits after every one of `tokens`, float32 [len(tokens), vocabulary], from an empty cache.
 
-        The cache holds `tokens` afterwards.
+        The cache holds `tokens` afterwards. Where the artifact is not `causal`, all but the last are what the model computes of
+        the whole text, and predict nothing.
         """
         self.reset()
         ids = self._checked(tokens)
@@ -123,12 +143,16 @@ class Session:
 
     def _pieces(self, ids: np.ndarray) -> list[np.ndarray]:
         """`ids` as they go through the graph: in equal pieces and a rest, or as many at once as the graph takes."""
+        if isinstance(self.decoder, WholeText):
+            return [ids]
         size = min(self.decoder.step or PIECE, PIECE)
         return [ids[start : start + size] for start in range(0, len(ids), size)]
 
     def check_room(self, new: int) -> None:
         """Raise `CapacityError` when `new` more positions are beyond the model's context."""
-        context, length = self.artifact.context, self.length
+        context, length, longest = self.artifact.context, self.length, self.artifact.longest
+        if longest is not None and length + new > longest:
+            raise _too_long(length + new, self.artifact)
         if context is not None and length + new > context:
             filled = f"{length} in the cache and {new} more" if length else f"{new}"
             raise CapacityError(
@@ -176,15 +200,22 @@ class Session:
             _check_shape(name, array, infos[name].shape)
         limit = self.artifact.longest
         if limit is not None and tokens is not None and tokens.shape[-1] > limit:
-            raise CapacityError(
-                f"{tokens.shape[-1]} tokens are more than the {limit} that {self.artifact.path} was compiled for: the "
-                "model computes longer texts in another way"
-            )
+            raise _too_long(tokens.shape[-1], self.artifact)
+        return self._outputs(given)
+
+    def _outputs(self, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if self._program is not None:
             return {name: value.numpy() for name, value in self._program.run(given).items()}
         assert self.onnx is not None
         names = [info.name for info in self.artifact.outputs]
         return dict(zip(names, self.onnx.run(names, given), strict=True))
+
+
+def _too_long(length: int, artifact: Artifact) -> CapacityError:
+    return CapacityError(
+        f"{length} tokens are more than the {artifact.longest} that {artifact.path} was compiled for: the model computes longer "
+        "texts in another way"
+    )
 
 
 def _check_shape(name: str, array: np.ndarray, expected: tuple[int | str, ...]) -> None:

@@ -17,7 +17,7 @@ NAME = "manifest.json"
 SEAL = "manifest_sha256"
 
 TARGETS = ("onnx", "onnx-stock", "torch")
-KINDS = ("decoder", "encoder", "module")
+KINDS = ("decoder", "encoder", "encoder-decoder", "module")
 
 # A manifest is kilobytes; anything of this size is something else under that name.
 _MAX_BYTES = 100 * 2**20

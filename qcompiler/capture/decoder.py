@@ -20,6 +20,7 @@ from qcompiler.capture.feeds import cache_name, feed
 from qcompiler.capture.prepared import Prepared
 from qcompiler.capture.quiet import Quiet
 from qcompiler.capture.states import grow_only, on_copies
+from qcompiler.capture.whole import prepare_whole_text
 from qcompiler.errors import UnsupportedError
 
 # Shorter than any sliding window, so that every layer's cache has the same length and the tracer sees one symbol; and
@@ -29,11 +30,27 @@ _PROMPT_LENGTH = 5
 _SAME = 1e-3
 
 
+class NoCache(UnsupportedError):
+    """No cache of the model can go in and out of a graph."""
+
+
 def prepare_decoder(model: PreTrainedModel) -> Prepared:
+    """A graph with a cache; where no cache of the model can go in and out of one, a graph of the whole text."""
+    try:
+        return prepare_cached(model)
+    except NoCache as error:
+        return prepare_whole_text(model, str(error).removeprefix(f"{model.config.model_type}: "))
+
+
+def prepare_cached(model: PreTrainedModel) -> Prepared:
     """One graph for prefill (empty cache) and decode. The batch is 1, the numbers of new and cached tokens vary.
 
     A cache of keys and values grows. Beside them, or in their place, a layer may keep a state of fixed shape that every
     step replaces. Where the model can carry such states over one token at a time only, the graph takes one token.
+
+    Raises:
+        NoCache: the model has no cache, or one that no graph can carry.
+        UnsupportedError: steps with its cache do not compute what the model does.
     """
     description = model.config.model_type
     plain = _has_plain_cache(model, description)
@@ -74,13 +91,13 @@ def _prepared(model: PreTrainedModel, plain: bool, many: bool, description: str)
                 outputs = part(**copy.deepcopy(inputs))
         except Exception as error:
             message = f"{description}: no step of generation could be run: {last_message(error)}"
-            raise UnsupportedError(message) from error
+            raise NoCache(message) from error
     register_cache_pytrees_for_model(model)
     axes = _axes(inputs, get_leaf_tensors(outputs), description, 2 if many else 1)
     switches = {"use_cache": True, "return_dict": True}
     inputs = {name: value for name, value in inputs.items() if name not in _SWITCHES and value is not None}
     if foreign := [path for path in axes if path in get_leaf_tensors(outputs) and path.split(".")[0] not in _caches(inputs)]:
-        raise UnsupportedError(
+        raise NoCache(
             f"{description}: keeps {', '.join(foreign[:3])} from step to step outside a cache of transformers; expected "
             "keys and values or states in one cache object"
         )
@@ -177,7 +194,7 @@ def _has_plain_cache(model: PreTrainedModel, description: str) -> bool:
     try:
         layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
     except Exception as error:
-        raise UnsupportedError(f"{description}: its cache cannot be built: {last_message(error)}") from error
+        raise NoCache(f"{description}: its cache cannot be built: {last_message(error)}") from error
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
@@ -196,7 +213,7 @@ def _axes(
             grown = [axis for axis in range(tensor.dim()) if after.shape[axis] != tensor.shape[axis]]
             sizes = [(tensor.shape[axis], after.shape[axis]) for axis in grown]
             if sizes not in ([], [(_PROMPT_LENGTH, total)]):
-                raise UnsupportedError(
+                raise NoCache(
                     f"{description}: {path} goes from {list(tensor.shape)} to {list(after.shape)} in a step; expected one "
                     "axis that grows by the number of new tokens, or none"
                 )
@@ -207,7 +224,7 @@ def _axes(
     lost = [path for path in outputs if path not in axes and path.startswith(_CACHES)]
     if lost or not cached:
         made = f"found {lost[:3]} without an input" if lost else f"found outputs {sorted(outputs)}"
-        raise UnsupportedError(f"{description}: no cache that comes out of a step can go into the next one; {made}")
+        raise NoCache(f"{description}: no cache that comes out of a step can go into the next one; {made}")
     return axes
 
 

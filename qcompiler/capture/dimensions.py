@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import onnx_ir
@@ -31,8 +31,9 @@ def name_dimensions(model: onnx_ir.Model, axes: dict[str, dict[int, str]], descr
             continue
         wanted = axes.get(str(value.name).removeprefix("input."), {})
         for axis, dimension in enumerate(value.shape):
-            if axis in wanted and isinstance(dimension, int):
-                raise _fixed(description, str(value.name), wanted[axis], dimension)
+            # A number may come as a symbol that is called like it.
+            if axis in wanted and str(getattr(dimension, "value", dimension)).isdigit():
+                raise _fixed(description, str(value.name), wanted[axis], int(str(getattr(dimension, "value", dimension))))
             if isinstance(dimension, onnx_ir.SymbolicDim) and dimension.value is not None and axis in wanted:
                 names.setdefault(dimension.value, wanted[axis])
     for graph in model.graphs():
@@ -67,6 +68,9 @@ def limit_lengths(module: torch.nn.Module, prepared: Prepared) -> None:
     """
     if prepared.kind == "module" or prepared.step is not None:
         return
+    if prepared.kind == "encoder-decoder" or prepared.whole is not None:
+        _limit_texts(module, prepared)
+        return
     limit = ANY_STEP if prepared.kind == "decoder" else _ANY_TEXT
     found = longest(module, prepared, limit)
     if found <= 2:
@@ -75,6 +79,56 @@ def limit_lengths(module: torch.nn.Module, prepared: Prepared) -> None:
         prepared.step = found
     elif found < min(_positions(prepared.module) or limit, limit):
         prepared.longest = found
+
+
+def _limit_texts(module: torch.nn.Module, prepared: Prepared) -> None:
+    """Note `shortest` and `longest`: of every text that goes in, the others as long as they were traced."""
+    guards = getattr(module, "_guards_fn", None)
+    if guards is None:
+        return
+    # At its last position a model's code may do something else: that is no limit of the trace.
+    most = min((_positions(prepared.module) or _ANY_TEXT) - 1, _ANY_TEXT)
+    traced = {name: prepared.inputs[path].shape[axis] for path, axes in prepared.axes.items() for axis, name in axes.items()}
+    paths = {name: path for path, axes in prepared.axes.items() for name in axes.values()}
+    for varied, size in traced.items():
+
+        def holds(length: int, varied: str = varied) -> bool:
+            return _hold(guards, prepared, traced | {varied: length})
+
+        if not holds(size + 1) and not holds(size - 1):
+            raise _fixed(prepared.description, paths[varied], varied, size)
+        last = _last(holds, size, max(most, size))
+        if last < most:
+            prepared.longest = min(last, prepared.longest or last)
+        prepared.shortest = max(prepared.shortest, next((n + 1 for n in range(size - 1, 0, -1) if not holds(n)), 1))
+    if prepared.shortest > 1 and not prepared.causal:
+        # Shorter texts are filled up with tokens that nothing before them may see.
+        raise _fixed(prepared.description, "input_ids", "length", prepared.shortest)
+
+
+def _hold(guards: torch.nn.Module, prepared: Prepared, sizes: dict[str, int]) -> bool:
+    """Whether the trace is right for axes of these sizes."""
+    tensors = get_leaf_tensors(prepared.inputs)
+    shapes = [
+        [sizes.get(prepared.axes[path].get(at, ""), size) for at, size in enumerate(tensor.shape)]
+        for path, tensor in tensors.items()
+    ]
+    try:
+        guards(*(torch.empty(s, dtype=t.dtype, device="meta") for s, t in zip(shapes, tensors.values(), strict=True)))
+    except Exception:
+        return False
+    return True
+
+
+def _last(holds: Callable[[int], bool], first: int, most: int) -> int:
+    """The largest number up to `most` at which `holds`, as it does at every one from `first` on, where it does."""
+    if all(holds(n) for n in {most, max(most - 1, first), max(most // 2 + 1, first), min(first + 1, most)}):
+        return most
+    low, high = first, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return next((n - 1 for n in range(first + 1, low + 1) if not holds(n)), low)
 
 
 def _positions(module: torch.nn.Module) -> int | None:
@@ -92,33 +146,20 @@ def longest(module: torch.nn.Module, prepared: Prepared, limit: int) -> int:
     guards = getattr(module, "_guards_fn", None)
     if guards is None:
         return limit
-    tensors = get_leaf_tensors(prepared.inputs)
     # At its last position a model's code may do something else, and beyond it has nothing to compute with: that is no limit
     # of the trace.
     room = (_positions(prepared.module) or limit + 301) - 1
     most = max(min(limit, room - 7), 3)
 
     def holds(length: int) -> bool:
-        for past in (7, max(7, min(300, room - length))):
-            sizes = {"length": length, "past_length": past, "total_length": past + length}
-            axes = [prepared.axes[path] for path in tensors]
-            shapes = [
-                [sizes.get(names.get(at, ""), size) for at, size in enumerate(tensor.shape)]
-                for names, tensor in zip(axes, tensors.values(), strict=True)
-            ]
-            try:
-                guards(*(torch.empty(s, dtype=t.dtype, device="meta") for s, t in zip(shapes, tensors.values(), strict=True)))
-            except Exception:
-                return False
-        return True
+        pasts = (7, max(7, min(300, room - length)))
+        return all(
+            _hold(guards, prepared, {"length": length, "past_length": past, "total_length": past + length}) for past in pasts
+        )
 
-    low, high = 2, most
     if all(map(holds, (most, most - 1, most // 2 + 1, 3))):
         return limit
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle - 1)
-    return next((length - 1 for length in range(3, low + 1) if not holds(length)), low)
+    return _last(holds, 2, most)
 
 
 def program_ports(program: torch.export.ExportedProgram, prepared: Prepared) -> tuple[list[Port], list[Port]]:

@@ -45,6 +45,10 @@ def feed(prepared: Prepared, tokens: torch.Tensor, past: int = 0, cache: Any = N
         raise UnsupportedError(
             f"{prepared.description}: its graph takes {prepared.step} tokens at once, found {length}: run them in steps"
         )
+    if length < prepared.shortest:
+        raise UnsupportedError(
+            f"{prepared.description}: its graph takes texts of {prepared.shortest} tokens and more, found {length}"
+        )
     sizes = {"batch": batch, "length": length, "past_length": past, "total_length": past + length}
     kept = cache_name(prepared) if cache is not None else None
     return {

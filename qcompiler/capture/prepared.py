@@ -10,6 +10,7 @@ import torch
 
 from qcompiler.capture.stored import StoredWeights
 from qcompiler.graph.graph import Kind
+from qcompiler.pipeline.passes import Report, Skip
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -24,13 +25,16 @@ class Prepared:
         module: the model, or the part of it that is exported.
         inputs: keyword arguments to trace it with; a cache is transformers' own cache object.
         dynamic_shapes: for each of them which axes vary, in the form that `torch.export` takes.
-        kind: `decoder`, `encoder` or `module`.
+        kind: `decoder`, `encoder`, `encoder-decoder` or `module`.
         description: what the model is, for messages: `llama`, or the class of a plain module.
         axes: names of the axes that vary, by input path: `{"input_ids": {0: "batch", 1: "length"}}`.
         switches: arguments that choose what the model returns and are no inputs of the graph, such as `use_cache`.
         notes: what had to be decided on the way, one sentence each.
         step: the most tokens that the graph takes at once; None for any number.
-        longest: the longest text that the graph of an encoder is right for, found when it is exported; None for any.
+        whole: why a decoder has no cache and computes the whole text for every token; None where it has one.
+        causal: whether the logits of a decoder after a token depend on no later one.
+        shortest, longest: the texts that a graph without a cache is right for, found when it is exported; None for no bound.
+        fallbacks: places where capture took a weaker form than the model's own, and why.
         stored: weights that `module` has stand-ins for; they are put back into what is captured.
     """
 
@@ -43,7 +47,11 @@ class Prepared:
     switches: dict[str, bool] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     step: int | None = None
+    whole: str | None = None
+    causal: bool = True
+    shortest: int = 1
     longest: int | None = None
+    fallbacks: list[Skip] = field(default_factory=list)
     stored: StoredWeights = field(default_factory=StoredWeights)
 
     def example(self) -> dict[str, Any]:
@@ -53,6 +61,11 @@ class Prepared:
     def arguments(self) -> dict[str, Any]:
         """What the module itself is called with: a fresh copy of the inputs, and the switches."""
         return {**self.example(), **self.switches}
+
+    def report(self) -> Report:
+        """What the record of the capture says."""
+        notes = {key: value for key, value in (("notes", self.notes), ("whole_text", self.whole)) if value}
+        return Report(fallbacks=list(self.fallbacks), notes=notes)
 
     def export_onnx(self, quantizer: ExportQuantizer | None = None) -> onnx_ir.Model:
         """The model as ONNX, rewritten on the way by `quantizer`; axes carry the names in `axes`."""

@@ -88,12 +88,13 @@ def _of_session(session: Any) -> Target:
     directory = Path(artifact.path)
     config = _read_config(directory)
     context = Context(Context.of_config(config).trained, artifact.context or Context.of_config(config).positions)
+    context = context.within(artifact.longest)
     tokens = _tokens_in(directory)
     model = artifact.manifest.get("model")
     source = model.get("source") if isinstance(model, Mapping) else None
     label = f"{source or directory.name} ({artifact.manifest.get('recipe') or artifact.target})"
     if artifact.kind == "decoder":
-        return Target(str(directory), lambda ids: {LOGITS: session.logits(ids)}, True, tokens, context, label)
+        return Target(str(directory), lambda ids: {LOGITS: session.logits(ids)}, artifact.causal, tokens, context, label)
     info = artifact.input("tokens")
     if info is None:
         raise UnsupportedError(f"{directory} takes no tokens, so it cannot be evaluated on a text")

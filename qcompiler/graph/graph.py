@@ -12,7 +12,7 @@ import torch
 from qcompiler.graph.constants import attribute, set_parameter, storage_key
 from qcompiler.graph.mapped import kept
 
-Kind = Literal["decoder", "encoder", "module"]
+Kind = Literal["decoder", "encoder", "encoder-decoder", "module"]
 SiteKind = Literal["linear", "embedding", "experts"]
 
 _LARGE = 2**20  # bytes from which a constant is worth a file

@@ -43,12 +43,18 @@ class PassManager:
         self.verify_each = verify_each
         self.instruments = (PeakMemory(), Timer()) if instruments is None else instruments
 
-    def capture(self, graph: Graph) -> None:
-        """Record the graph as captured."""
+    def capture(self, graph: Graph, report: Report | None = None, context: Context | None = None) -> None:
+        """Record the graph as captured; `report` says what capture had to decide.
+
+        Raises `GateError` where it fell back more often than the recipe of `context` allows.
+        """
+        report = report or Report()
         count = len(graph.module.graph.nodes)
         with self.watched(graph) as timing:
             text = graph_text(graph.module)
-        self.trace.add(None, Report(), text, (count, count), timing)
+        self.trace.add(None, report, text, (count, count), timing)
+        if context is not None:
+            self._check_fallbacks("capture", report, context)
 
     @contextlib.contextmanager
     def watched(self, graph: Graph) -> Iterator[dict[str, Any]]:
@@ -91,7 +97,13 @@ class PassManager:
             raise GateError(
                 f"pass {step.name} matched nothing.{misses}\nAllow it with the recipe's allow: {{unmatched: [{step.name}]}}"
             )
-        fallbacks = sum(len(entry.record["fallbacks"]) for entry in self.trace.entries)
-        if fallbacks > allow.fallbacks:
+        self._check_fallbacks(f"pass {step.name}", report, context)
+
+    def _check_fallbacks(self, what: str, report: Report, context: Context) -> None:
+        fallbacks, allowed = sum(len(entry.record["fallbacks"]) for entry in self.trace.entries), context.recipe.allow.fallbacks
+        if fallbacks > allowed:
             listed = "".join(f"\n  {skip.node}: {skip.reason}" for skip in report.fallbacks[:8])
-            raise GateError(f"pass {step.name}: {fallbacks} fallbacks, {allow.fallbacks} allowed:{listed}")
+            raise GateError(
+                f"{what}: {fallbacks} fallbacks, {allowed} allowed:{listed}\n"
+                f"Allow them with the recipe's allow: {{fallbacks: {fallbacks}}}"
+            )

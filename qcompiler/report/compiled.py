@@ -54,10 +54,23 @@ def compiled_document(directory: Path, seconds: float) -> Document:
     if bits is not None and coverage is not None:
         was = f" (float: {tables.size(before)})" if before else ""
         lines.append(f"weights     {bits:.2f} bits each, {coverage:.1%} quantized{was}")
+    lines += form_lines(records.manifest)
     for key in ("left_in_float", "unfused", "fallbacks"):
         if data[key]:
             lines.append(f"{key.replace('_', ' '):<11} {len(data[key])} (see `qcompiler inspect {directory}`)")
     return Document("compile", data, [Text("", lines)])
+
+
+def form_lines(manifest: Mapping[str, Any]) -> list[str]:
+    """What a user of the artifact has to know of its form, where that is not what its kind says."""
+    lines = []
+    if whole := manifest.get("whole_text"):
+        lines.append(f"cache       none: {whole.get('reason')}; every token costs the whole text before it once more")
+        if whole.get("causal") is False:
+            lines.append("logits      later tokens change those of earlier ones: only the last predict")
+    if "longest" in manifest:
+        lines.append(f"longest     texts of {manifest['longest']} tokens: the model computes longer ones in another way")
+    return lines
 
 
 def plan_document(plan: Mapping[str, Any]) -> Document:

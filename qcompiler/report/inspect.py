@@ -9,6 +9,7 @@ from typing import Any
 
 from qcompiler.errors import InputError, UsageError
 from qcompiler.report import tables
+from qcompiler.report.compiled import form_lines
 from qcompiler.report.records import Layer, PassRecord, Records, load_records
 from qcompiler.report.tables import Column, Document, Table, Text
 
@@ -135,6 +136,7 @@ def _header(records: Records) -> Text:
     totals = records.totals
     if "bits_per_weight" in totals and "coverage" in totals:
         lines.append(f"weights     {totals['bits_per_weight']:.2f} bits each, {totals['coverage']:.1%} quantized")
+    lines += form_lines(manifest)
     for key in ("unfused", "fallbacks", "allowed"):
         if manifest.get(key):
             lines.append(f"{key:<11} {_brief(manifest[key])}")
