@@ -36,8 +36,8 @@ class GptvqOptions:
         tolerance: EM ends when an iteration takes less than this share off the error.
         seeding: of EM: `k-means++`, or `mahalanobis`: points at equal ranks of their distance from the mean.
         rounds: of {codebooks, scales, assignments} in a block of columns when the sweep reaches it.
-        passes: over all columns after the sweep, with the same rounds in each block. Where one block is all, one more round
-            takes their place.
+        passes: over all columns after the sweep, with the same rounds in each block; with none, coordinate descent on the
+            indices alone. Where one block is all, one more round takes their place.
         steps: of conjugate gradients for a block's codebooks.
         ordering: in which order blocks of columns, and vectors in a block, are visited: `activation`: by their largest
             diag(H); `none`.

@@ -98,6 +98,7 @@ class Rows:
         blocks: list[Coded] = []
         # Where one block is all, a pass after the sweep would be more of the same rounds.
         rounds = self.tuning.rounds + (self.single and self.tuning.passes > 0)
+        alone = self.tuning.rounds == 0
         for span in self.layout.spans:
             here, before = slice(span.start, span.stop), slice(0, span.start)
             live = self.columns[here]
@@ -125,7 +126,7 @@ class Rows:
             else:
                 decoded = visit(live.clone(), feedback, choice, coded.block, self.nearest)
             gradient = form.metric @ (live - decoded)
-            decoded = self.refine(coded, form, decoded, gradient, rounds)
+            decoded = self.refine(coded, form, decoded, gradient, rounds, alone, alone)
             torch.sub(self.columns[here], decoded, out=difference[here])
             blocks.append(coded)
         return Solved(blocks, difference, rounded)
@@ -144,14 +145,14 @@ class Rows:
     def improve(
         self, solved: Solved, product: Callable[[slice, torch.Tensor], torch.Tensor], metric: Callable, frozen: bool = False
     ) -> None:
-        """One pass: each block refined while the others stay.
+        """One pass: each block refined while the others stay; where a block has no rounds, its indices alone, once.
 
         Args:
             product: (positions B, D) -> (H + δ)[B, :] D.
             metric: positions B -> (H + δ)[B, B].
             frozen: codebooks stay.
         """
-        if self.whole is not None and self.shape.scales == "fp16" and not self.single:
+        if self.whole is not None and self.shape.scales == "fp16" and not self.single and self.tuning.rounds:
             self._row_scales(solved, product)
         for span, coded in zip(self.layout.spans, solved.blocks, strict=True):
             here = slice(span.start, span.stop)
@@ -159,7 +160,8 @@ class Rows:
             gradient = product(here, solved.difference)
             if span.real is not None:
                 gradient = gradient * span.real
-            decoded = self.refine(coded, form, coded.block.decode(), gradient, self.tuning.rounds, frozen)
+            rounds, alone = max(1, self.tuning.rounds), self.tuning.rounds == 0
+            decoded = self.refine(coded, form, coded.block.decode(), gradient, rounds, frozen or alone, alone)
             torch.sub(self.columns[here], decoded, out=solved.difference[here])
 
     def compress(self, solved: Solved) -> None:
@@ -190,10 +192,14 @@ class Rows:
     # ---- a block
 
     def refine(
-        self, coded: Coded, form: Form, decoded: torch.Tensor, gradient: torch.Tensor, rounds: int, frozen: bool = False
+        self, coded: Coded, form: Form, decoded: torch.Tensor, gradient: torch.Tensor, rounds: int, frozen: bool = False,
+        fixed: bool = False,
     ) -> torch.Tensor:
-        """Rounds of entries, scales and indices; a group of rows keeps the best. `gradient` is M (x − q); returns q."""
-        scales = self.shape.scales == "fp16" and (self.shape.group > 0 or self.single)
+        """Rounds of entries (unless `frozen`), scales (unless `fixed`) and indices; a group of rows keeps the best.
+
+        `gradient` is M (x − q); returns q.
+        """  # fmt: skip
+        scales = self.shape.scales == "fp16" and (self.shape.group > 0 or self.single) and not fixed
         for _ in range(rounds):
             start, first = replace(coded.block, indices=coded.block.indices.clone()), decoded
             trial, codes, steps = replace(start), coded.codes, coded.steps

@@ -121,6 +121,15 @@ def test_more_dimensions_lose_less_at_equal_bits():
     assert totals[0] < totals[1] < totals[2]
 
 
+def test_passes_without_rounds_move_indices_alone():
+    w, hessian = weight(), second_moment(inputs())
+    plain, passed = (gptvq(w, hessian, FORMAT, GptvqOptions(rounds=0, passes=passes)) for passes in (0, 1))
+    assert passed.loss_after < plain.loss_after
+    assert (passed.weight.indices != plain.weight.indices).any()
+    for name in ("codebooks", "codebook_scales", "scales"):
+        torch.testing.assert_close(getattr(passed.weight, name), getattr(plain.weight, name), rtol=0, atol=0)
+
+
 def test_more_rounds_and_passes_lose_less():
     w, hessian = weight(), second_moment(inputs())
     losses = [
