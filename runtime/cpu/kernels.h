@@ -85,6 +85,8 @@ extern const EdgeFunctions kAvx2Edges;
 extern const EdgeFunctions kAvx512Edges;
 #endif
 
+struct PanelFunctions;
+
 struct Kernels {
   const char* name;
   // Rows a block may have, ascending, ended by 0.
@@ -98,6 +100,8 @@ struct Kernels {
   LinearFunction vq_float;
   OutlierFunction add_outliers;
   const EdgeFunctions* edges = &kGenericEdges;
+  // Integer activations of many rows (panel.h); null: no other way than for few.
+  const PanelFunctions* panel = nullptr;
 };
 
 namespace generic {

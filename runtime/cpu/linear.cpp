@@ -9,6 +9,7 @@
 
 #include "edges.h"
 #include "layout.h"
+#include "panel.h"
 #include "scratch.h"
 
 namespace qc {
@@ -17,18 +18,23 @@ namespace {
 constexpr int64_t kFewRows = 16;                 // up to here reading the weights takes the time,
 constexpr int64_t kStreamBytes = 1 << 20;        // and long pieces: where one begins, a core's loads start anew
 constexpr int64_t kPieceBytes = 192 << 10;       // weights per claim for more rows: they stay in L2
+constexpr int64_t kPanelsPiece = 32;             // tiles per claim where panels are
 constexpr int64_t kSmallBytes = 192 << 10;       // a matrix this small, with
 constexpr int64_t kSmallProducts = 4 << 20;      // this few multiplications, stays on the calling thread
-constexpr int64_t kActivationBytes = 2 << 20;    // prepared activations that are swept at once
+constexpr int64_t kActivationBytes = 4 << 20;    // prepared activations that are swept at once
+constexpr int64_t kBlockRows = 24;               // a whole number of blocks of most sizes
 constexpr int64_t kPrepareElements = 128 << 10;  // fewer are prepared on the calling thread
 
-// The block size with the least work: a block costs its rows and, once, the decoding of its weights.
-int choose_block_rows(const int* sizes, int64_t rows) {
-  constexpr double kDecode = 1.5;
+// What a block costs beside its rows, in rows: the decoding of its weights; of a panel, that they are loaded.
+constexpr double kDecodedBlock = 1.5;
+constexpr double kPanelBlock = 0.25;
+
+// The block size with the least work.
+int choose_block_rows(const int* sizes, int64_t rows, double block_cost) {
   int best = sizes[0];
   double best_cost = std::numeric_limits<double>::infinity();
   for (; *sizes; ++sizes) {
-    const double cost = double(ceil_div(rows, *sizes)) * (*sizes + kDecode);
+    const double cost = double(ceil_div(rows, *sizes)) * (*sizes + block_cost);
     if (cost < best_cost) best_cost = cost, best = *sizes;
   }
   return best;
@@ -160,14 +166,19 @@ struct FloatPreparation {
 
 // Cuts tiles (and, where those are few, row blocks) into pieces and runs the kernels on each.
 // False when memory ran out.
-bool run_pieces(const Workers& workers, const Kernels& kernels, LinearFunction product, const LinearJob& job,
-                const OutputEdges& edges) {
+bool run_pieces(const Workers& workers, const Kernels& kernels, LinearFunction product, const PanelFunctions* panel,
+                const LinearJob& job, const OutputEdges& edges) {
+  std::atomic<bool> memory{true};
   const auto whole = [&](const LinearJob& job, int64_t tile, int64_t tile_end, int64_t block, int64_t block_end) {
-    product(job, tile, tile_end, block, block_end);
+    if (!panel) {
+      product(job, tile, tile_end, block, block_end);
+    } else if (!run_panels(*panel, job, tile, tile_end, block, block_end)) {
+      memory.store(false, std::memory_order_relaxed);
+      return;
+    }
     if (!job.outlier_count) return;
     kernels.add_outliers(job, tile, tile_end, block * job.block_rows, std::min(block_end * job.block_rows, job.rows));
   };
-  std::atomic<bool> memory{true};
   const auto kernel = [&](int64_t tile, int64_t tile_end, int64_t block, int64_t block_end) {
     if (!edges.compute(job, tile, tile_end, block, block_end, whole)) memory.store(false, std::memory_order_relaxed);
   };
@@ -181,7 +192,9 @@ bool run_pieces(const Workers& workers, const Kernels& kernels, LinearFunction p
   // Some claims for each thread, so that none waits long for another's last.
   const int64_t wanted = workers.threads > 1 ? 4 * int64_t(workers.threads) : 1;
   const int64_t most_bytes = job.rows <= kFewRows ? kStreamBytes : kPieceBytes;
-  const int64_t tiles_per_piece = std::clamp<int64_t>(tiles / wanted, 1, std::max<int64_t>(most_bytes / tile_bytes, 1));
+  int64_t tiles_per_piece = std::clamp<int64_t>(tiles / wanted, 1, std::max<int64_t>(most_bytes / tile_bytes, 1));
+  // A panel stays in the cache whatever the piece.
+  if (panel) tiles_per_piece = ceil_div(std::clamp<int64_t>(tiles / (2 * wanted), 1, kPanelsPiece), kPanelTiles) * kPanelTiles;
   const int64_t tile_pieces = ceil_div(tiles, tiles_per_piece);
   const int64_t row_cuts = tile_pieces < wanted ? std::min(blocks, ceil_div(wanted, tile_pieces)) : 1;
   const int64_t blocks_per_piece = ceil_div(blocks, row_cuts);
@@ -203,7 +216,10 @@ bool run_sweep(const Kernels& kernels, const Workers& workers, const Matrix& wei
   LinearJob job{};
   job.weight = weight;
   job.rows = rows;
-  job.block_rows = choose_block_rows(integer ? kernels.int8_block_rows : kernels.float_block_rows, rows);
+  const PanelFunctions* const panel = integer && kernels.panel && rows >= kernels.panel->least_rows ? kernels.panel : nullptr;
+  job.block_rows = panel     ? choose_block_rows(panel->block_rows, rows, kPanelBlock)
+                   : integer ? choose_block_rows(kernels.int8_block_rows, rows, kDecodedBlock)
+                             : choose_block_rows(kernels.float_block_rows, rows, kDecodedBlock);
   const int64_t blocks = ceil_div(rows, job.block_rows);
   job.x_block_bytes = job.block_rows * padded_k * (integer ? 1 : int64_t(sizeof(float)));
   const bool blocks_of_row = activation == QC_ACT_INT8_BLOCK || weight.codebooks;
@@ -259,7 +275,7 @@ bool run_sweep(const Kernels& kernels, const Workers& workers, const Matrix& wei
              weight.codebooks ? integer ? kernels.vq_int8 : kernels.vq_float
              : integer        ? kernels.linear_int8
                               : kernels.linear_float,
-             job, OutputEdges{*kernels.edges, extras.edges});
+             panel, job, OutputEdges{*kernels.edges, extras.edges});
 }
 
 }  // namespace
@@ -273,7 +289,8 @@ bool run_linear(const Kernels& kernels, const Workers& workers, const Matrix& we
                 int64_t rows, const float* x, const float* bias, float* y, const LinearExtras& extras) {
   // Prepared activations of a sweep stay in the cache; more rows take another sweep over the weights.
   const int64_t row_bytes = weight.k * (activation == QC_ACT_FLOAT ? int64_t(sizeof(float)) : 1);
-  const int64_t sweep = std::clamp<int64_t>(kActivationBytes / row_bytes / 48 * 48, 96, 1536);
+  const int64_t sweeps = ceil_div(rows, std::clamp<int64_t>(kActivationBytes / row_bytes, 96, 1536));
+  const int64_t sweep = ceil_div(ceil_div(rows, std::max<int64_t>(sweeps, 1)), kBlockRows) * kBlockRows;
   const int64_t columns = output_columns(weight, extras.edges);
   LinearExtras own = extras;
   for (int64_t begin = 0; begin < rows; begin += sweep) {

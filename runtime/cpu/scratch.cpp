@@ -19,7 +19,7 @@ void release(unsigned char* data) { ::operator delete(data, std::align_val_t{kAl
 
 // What a thread keeps, a piece of memory for each of the leases that nest in one op.
 struct ThreadCache {
-  static constexpr int kDepth = 3;
+  static constexpr int kDepth = 4;
   struct Level {
     unsigned char* data = nullptr;
     size_t size = 0;

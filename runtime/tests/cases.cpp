@@ -147,6 +147,8 @@ Case make_case(const Form& form, int64_t n, int64_t k, int64_t rows, Random& ran
   return c;
 }
 
+int64_t some_rows(int64_t i, Random& random) { return random.one_in(6) ? random.from(21, 70) : i % 21; }
+
 Case random_case(const Form& form, int64_t rows, Random& random) {
   const int64_t n = random.one_in(8) ? random.from(1, 140) : random.from(1, 40);
   int64_t k = random.one_in(2) ? kColumns[random.below(std::size(kColumns))] : random.from(1, 300);
@@ -191,5 +193,9 @@ std::vector<Case> special_cases(Random& random) {
   cut({Form::kMixed, QC_ACT_FLOAT, 64, 8, false, 0, 0, 0, 0}, 1101, 600, 5);
   cut({Form::kExperts, QC_ACT_INT8_TOKEN, 128, 8, false, 0, 0, 0, 0}, 1101, 600, 13);
   cut({Form::kVq, QC_ACT_INT8_BLOCK, 128, 8, false, 2, 64, 32, 256}, 3001, 600, 3);
+  cut({Form::kLinear, QC_ACT_INT8_TOKEN, 0, 8, false, 0, 0, 0, 0}, 203, 1040, 61);
+  cut({Form::kLinear, QC_ACT_INT8_BLOCK, 32, 4, true, 0, 0, 0, 0}, 203, 1040, 61);
+  cut({Form::kMixed, QC_ACT_INT8_STATIC, 128, 3, false, 0, 0, 0, 0}, 203, 1000, 40);
+  cut({Form::kVq, QC_ACT_INT8_BLOCK, 0, 8, false, 4, 256, 128, 256}, 203, 1000, 40);
   return out;
 }

@@ -60,6 +60,8 @@ struct Case {
 };
 
 Case make_case(const Form& form, int64_t n, int64_t k, int64_t rows, Random& random);
+// The rows of the i-th call of a form: few, in turn, and now and then many.
+int64_t some_rows(int64_t i, Random& random);
 // The shape at random too but for the rows; now and then with edges (qc_linear_edges), where the op has them.
 Case random_case(const Form& form, int64_t rows, Random& random);
 // The longest rows, all of whose values are of the largest magnitude, and matrices large enough to be cut into pieces.

@@ -188,7 +188,7 @@ int heap(int64_t count) {
   const std::vector<Form> forms = all_forms();
   for (int64_t i = 0; i < count; ++i) {
     Random random(uint64_t(i) + 77);
-    Case c = random_case(forms[size_t(i) % forms.size()], i / int64_t(forms.size()) % 21, random);
+    Case c = random_case(forms[size_t(i) % forms.size()], some_rows(i / int64_t(forms.size()), random), random);
     // An allocation may be larger than what its vector holds.
     c.codebooks.shrink_to_fit();
     c.columns.shrink_to_fit();

@@ -7,8 +7,8 @@
 namespace qc {
 namespace {
 
-template <int Bits, bool Asymmetric, int R>
-void tile_int8(const LinearJob& job, int64_t tile, int64_t block) {
+template <int Bits, bool Asymmetric, int R, class Keep>
+QC_INLINE void rows_int8(const LinearJob& job, int64_t tile, int64_t block, Keep keep) {
   // vpdpbusd has a latency of 4 and a throughput of 1: few rows need several chains each.
   constexpr int kChains = R == 1 ? 4 : R <= 3 ? 2 : 1;
   const Matrix& w = job.weight;
@@ -32,17 +32,21 @@ void tile_int8(const LinearJob& job, int64_t tile, int64_t block) {
     }
     const int64_t end = chunk + per_segment < chunks ? chunk + per_segment : chunks;
     for (; chunk < end; ++chunk, x += 8 * R) {
-      if (R == 1 && asks_ahead(Bits, job.segment)) ask_ahead<chunk_bytes(Bits)>(codes.chunk(chunk));
-      each_vector<Bits>(codes.chunk(chunk), [&](int j, __m512i v) QC_LAMBDA_INLINE {
+      const uint8_t* p = codes.chunk(chunk);
+      if (Keep::kAhead || (R == 1 && asks_ahead(Bits, job.segment))) ask_ahead<chunk_bytes(Bits)>(p);
+      each_vector<Bits>(p, [&](int j, __m512i v) QC_LAMBDA_INLINE {
         if (Bits < 8) v = _mm512_and_si512(v, mask);
+        keep.vector(j, v);
         for (int m = 0; m < R; ++m) {
           __m512i& d = dot[m][j % kChains];
           d = _mm512_dpbusd_epi32(d, v, _mm512_set1_epi32(x[j * R + m]));
         }
       });
+      keep.chunk();
     }
     const __m512 scale = load_scales(scales);
     const __m512i zero = Asymmetric ? load_zeros<Bits>(zeros) : _mm512_setzero_si512();
+    keep.segment(scale, zero, Asymmetric);
     for (int m = 0; m < R; ++m) {
       __m512i d = dot[m][0];
       if (kChains > 1) d = _mm512_add_epi32(d, dot[m][1]);
@@ -56,6 +60,16 @@ void tile_int8(const LinearJob& job, int64_t tile, int64_t block) {
     if (Asymmetric) zeros += job.groups_per_segment * tile_zero_bytes(Bits);
   }
   for (int m = 0; m < R; ++m) store(job, tile, block * R + m, acc[m]);
+}
+
+template <int Bits, bool Asymmetric, int R>
+void tile_int8(const LinearJob& job, int64_t tile, int64_t block) {
+  rows_int8<Bits, Asymmetric, R>(job, tile, block, KeepNothing());
+}
+
+template <int Bits, bool Asymmetric, int R>
+void keep_int8(const LinearJob& job, int64_t tile, int64_t block, const PanelTile& out) {
+  rows_int8<Bits, Asymmetric, R>(job, tile, block, KeepTile{out});
 }
 
 template <int Bits, bool Asymmetric>
@@ -76,6 +90,20 @@ TileFunction of_zeros(const LinearJob& job) {
   return job.weight.zeros ? of_rows<Bits, true>(job.block_rows) : of_rows<Bits, false>(job.block_rows);
 }
 
+template <int Bits, bool Asymmetric>
+KeepFunction keep_of_rows(int64_t rows) {
+  switch (rows) {
+    case 4: return keep_int8<Bits, Asymmetric, 4>;
+    case 6: return keep_int8<Bits, Asymmetric, 6>;
+    default: return keep_int8<Bits, Asymmetric, 8>;
+  }
+}
+
+template <int Bits>
+KeepFunction keep_of_zeros(const LinearJob& job) {
+  return job.weight.zeros ? keep_of_rows<Bits, true>(job.block_rows) : keep_of_rows<Bits, false>(job.block_rows);
+}
+
 }  // namespace
 
 namespace avx512 {
@@ -91,6 +119,15 @@ void linear_int8(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int
   for (int64_t block = block_begin; block < block_end; ++block) {
     for (int64_t tile = tile_begin; tile < tile_end; ++tile) run(job, tile, block);
   }
+}
+
+void keep(const LinearJob& job, int64_t tile, int64_t block, const PanelTile& out) {
+  const int bits = job.weight.bits;
+  const KeepFunction run = bits == 8   ? keep_of_zeros<8>(job)
+                           : bits == 4 ? keep_of_zeros<4>(job)
+                           : bits == 3 ? keep_of_zeros<3>(job)
+                                       : keep_of_zeros<2>(job);
+  run(job, tile, block, out);
 }
 
 }  // namespace avx512

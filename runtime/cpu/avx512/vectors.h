@@ -6,6 +6,7 @@
 
 #include "../kernels.h"
 #include "../layout.h"
+#include "../panel.h"
 
 #define QC_INLINE inline __attribute__((always_inline))
 
@@ -117,7 +118,31 @@ QC_INLINE void store(const LinearJob& job, int64_t tile, int64_t row, __m512 acc
   _mm512_mask_storeu_ps(job.y + row * job.y_stride + first, mask, acc);
 }
 
+// What becomes of decoded vectors, of a segment's scales and zero points beside the product: nothing, or a tile of a panel.
+struct KeepNothing {
+  static constexpr bool kAhead = false;
+  QC_INLINE void vector(int, __m512i) {}
+  QC_INLINE void chunk() {}
+  QC_INLINE void segment(__m512, __m512i, bool) {}
+};
+
+struct KeepTile {
+  static constexpr bool kAhead = true;
+  PanelTile out;
+
+  QC_INLINE void vector(int j, __m512i v) { _mm512_store_si512(out.bytes + kVectorBytes * j, v); }
+  QC_INLINE void chunk() { out.bytes += 8 * kVectorBytes; }
+  QC_INLINE void segment(__m512 scale, __m512i zero, bool asymmetric) {
+    _mm512_storeu_ps(out.scales, scale);
+    out.scales += out.scale_step;
+    if (!asymmetric) return;
+    _mm512_storeu_si512(out.zeros, zero);
+    out.zeros += out.scale_step;
+  }
+};
+
 using TileFunction = void (*)(const LinearJob& job, int64_t tile, int64_t block);
+using KeepFunction = void (*)(const LinearJob& job, int64_t tile, int64_t block, const PanelTile& out);
 
 }  // namespace
 }  // namespace qc

@@ -90,8 +90,8 @@ struct TileBooks {
 };
 
 // vpdpbusd's unsigned operand is biased by 128: the sums that a segment starts from take that off (see linear.cpp).
-template <class Decoder, int R>
-void tile_int8(const LinearJob& job, int64_t tile, int64_t block) {
+template <class Decoder, int R, class Keep>
+QC_INLINE void rows_int8(const LinearJob& job, int64_t tile, int64_t block, Keep keep) {
   // vpdpbusd has a latency of 4 and a throughput of 1: few rows need several chains each.
   constexpr int kChains = R == 1 ? 4 : R <= 3 ? 2 : 1;
   const Matrix& w = job.weight;
@@ -117,16 +117,19 @@ void tile_int8(const LinearJob& job, int64_t tile, int64_t block) {
         for (int c = 1; c < kChains; ++c) dot[m][c] = _mm512_setzero_si512();
       }
       codes.next(per_segment, [&](const uint8_t* p, bool half) QC_LAMBDA_INLINE {
-        if (R == 1) prefetch_ahead<Decoder::kBits>(p, half);
+        if (R == 1 || Keep::kAhead) prefetch_ahead<Decoder::kBits>(p, half);
         decoder.each(p, half, [&](int j, __m512i v) QC_LAMBDA_INLINE {
+          keep.vector(j, v);
           for (int m = 0; m < R; ++m) {
             __m512i& d = dot[m][j % kChains];
             d = _mm512_dpbusd_epi32(d, v, _mm512_set1_epi32(x[j * R + m]));
           }
         });
         x += 8 * R;
+        keep.chunk();
       });
       const __m512 scale = _mm512_mul_ps(load_scales(scales), shared);
+      keep.segment(scale, __m512i(), false);
       for (int m = 0; m < R; ++m) {
         __m512i d = dot[m][0];
         if (kChains > 1) d = _mm512_add_epi32(d, dot[m][1]);
@@ -139,6 +142,16 @@ void tile_int8(const LinearJob& job, int64_t tile, int64_t block) {
     }
   }
   for (int m = 0; m < R; ++m) store(job, tile, block * R + m, acc[m]);
+}
+
+template <class Decoder, int R>
+void tile_int8(const LinearJob& job, int64_t tile, int64_t block) {
+  rows_int8<Decoder, R>(job, tile, block, KeepNothing());
+}
+
+template <class Decoder, int R>
+void keep_int8(const LinearJob& job, int64_t tile, int64_t block, const PanelTile& out) {
+  rows_int8<Decoder, R>(job, tile, block, KeepTile{out});
 }
 
 // As linear_float.cpp makes floats of 8-bit codes.
@@ -223,8 +236,8 @@ struct Tag {
   using type = Decoder;
 };
 
-template <class Decoders, class Choose>
-TileFunction with_decoder(const Codebooks& books, Choose&& choose) {
+template <class Function, class Decoders, class Choose>
+Function with_decoder(const Codebooks& books, Choose&& choose) {
   const int key = books.dim * 1000 + books.centroids;
   switch (key) {
     case 1004: return choose(Tag<typename Decoders::D1x4>());
@@ -240,7 +253,7 @@ TileFunction with_decoder(const Codebooks& books, Choose&& choose) {
 
 template <class Decoders>
 void all_int8(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end) {
-  const TileFunction run = with_decoder<Decoders>(*job.weight.codebooks, [&](auto tag) {
+  const TileFunction run = with_decoder<TileFunction, Decoders>(*job.weight.codebooks, [&](auto tag) {
     return int8_of_rows<typename decltype(tag)::type>(job.block_rows);
   });
   for (int64_t block = block_begin; block < block_end; ++block) {
@@ -250,12 +263,25 @@ void all_int8(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_
 
 template <class Decoders>
 void all_float(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end) {
-  const TileFunction run = with_decoder<Decoders>(*job.weight.codebooks, [&](auto tag) {
+  const TileFunction run = with_decoder<TileFunction, Decoders>(*job.weight.codebooks, [&](auto tag) {
     return float_of_rows<typename decltype(tag)::type>(job.block_rows);
   });
   for (int64_t block = block_begin; block < block_end; ++block) {
     for (int64_t tile = tile_begin; tile < tile_end; ++tile) run(job, tile, block);
   }
+}
+
+template <class Decoders>
+void keep_any(const LinearJob& job, int64_t tile, int64_t block, const PanelTile& out) {
+  const KeepFunction run = with_decoder<KeepFunction, Decoders>(*job.weight.codebooks, [&](auto tag) -> KeepFunction {
+    using Decoder = typename decltype(tag)::type;
+    switch (job.block_rows) {
+      case 4: return keep_int8<Decoder, 4>;
+      case 6: return keep_int8<Decoder, 6>;
+      default: return keep_int8<Decoder, 8>;
+    }
+  });
+  run(job, tile, block, out);
 }
 
 constexpr int kSelect = 0xca;  // vpternlog: a ? b : c

@@ -2,12 +2,13 @@
 #ifndef QCOMPILER_AVX512VBMI_ISA_H
 #define QCOMPILER_AVX512VBMI_ISA_H
 
-#include "../kernels.h"
+#include "../panel.h"
 
 namespace qc {
 namespace avx512vbmi {
 
 void vq_int8(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end);
+void keep_vq(const LinearJob& job, int64_t tile, int64_t block, const PanelTile& out);
 void vq_float(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end);
 
 }  // namespace avx512vbmi
