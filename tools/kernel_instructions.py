@@ -76,6 +76,10 @@ X86 = (
     claim(r"avx512vbmi/vq_int8", r"tile_int8<((?!Vectors)\w+), \d", VBMI_DECODERS, has="vpdpbusd/zmm vpermb/zmm"),
     claim(r"avx512vbmi/vq_int8", r"tile_int8<(Vectors256<\d>), \d", VBMI_LARGE, has="vpdpbusd/zmm vpermi2b/zmm|vpermt2b/zmm"),
     claim(r"avx512vbmi/vq_float", r"tile_float<((?!Vectors)\w+), \d", VBMI_DECODERS, has="vpermb/zmm vfmadd231ps/zmm"),
+    # Many rows: every number that a block has.
+    claim(r"avx2vnni/avxvnni/panel", r"multiply_block<Half, (\d)", ("5", "6"), has="vpdpbusd/VEX", lacks="vpmaddubsw"),
+    claim(r"avx2vnni/avx512vl/panel", r"multiply_block<Half, (\d)", ("5", "6"), has="vpdpbusd/EVEX", lacks="vpmaddubsw"),
+    claim(r"avx512/panel", r"multiply_block<Wide, (\d)", ("4", "6", "8"), has="vpdpbusd/zmm", lacks="vpmaddubsw"),
     claim(r"avx512/linear_float", r"tile_float<(\d)\b", BITS, has="vfmadd231ps/zmm"),
 )
 

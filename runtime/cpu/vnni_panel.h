@@ -1,5 +1,7 @@
 // The loop over rows of a panel (panel.h) with vpdpbusd, for vectors of either width: V is one of
-//   V::Int, V::Float, V::kLanes        the parts of a panel: vectors of kLanes output rows, from tile to tile
+//   V::Int, V::Float                   vectors
+//   V::kLeastRows, V::kMostRows        a block has one of these many rows, or 6
+//   V::kLanes                          the parts of a panel: vectors of kLanes output rows, from tile to tile
 //   V::bytes(panel, part), V::stride(panel)   where a part's bytes lie, and from one part to the next one's
 //   V::store(job, tile, part, row, acc)       writes its outputs, part 0 being the first of `tile`
 //   V::load<Flip>(p), V::broadcast(word), V::dot(sum, bytes, activations) and so on
@@ -86,9 +88,9 @@ void multiply_panel(const LinearJob& job, const Panel& panel, int64_t tile, int6
            : panel.codes ? multiply_parts<V, R, false, true>
                        : multiply_parts<V, R, false, false>;
   };
-  const auto run = job.block_rows == 4   ? of_rows(std::integral_constant<int, 4>())
-                   : job.block_rows == 6 ? of_rows(std::integral_constant<int, 6>())
-                                         : of_rows(std::integral_constant<int, 8>());
+  const auto run = job.block_rows == V::kLeastRows ? of_rows(std::integral_constant<int, V::kLeastRows>())
+                   : job.block_rows == 6           ? of_rows(std::integral_constant<int, 6>())
+                                                   : of_rows(std::integral_constant<int, V::kMostRows>());
   run(job, panel, tile, tiles, begin, end);
 }
 

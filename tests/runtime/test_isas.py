@@ -280,7 +280,7 @@ def test_what_is_compiled_for_avx_vnni_computes_the_same(folder, library_objects
             changed.append(path)
     flags = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-std=c++17", "-fPIC", "-DQC_HAVE_X86_KERNELS=1"]
     vnni = ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"]
-    for name in ("kernels", "linear_int8", "vq_int8"):
+    for name in ("kernels", "linear_int8", "panel", "vq_int8"):
         source = native_programs.CPU / "avx2vnni" / "avxvnni" / f"{name}.cpp"
         assembly = folder / f"{name}.s"
         run(native_programs.COMPILER, *flags, *vnni, "-S", source, "-o", assembly)

@@ -226,8 +226,8 @@ struct Tag {
 };
 
 // Calls choose with the tag of the decoder of a matrix.
-template <class Choose>
-TileFunction with_decoder(const Codebooks& books, Choose&& choose) {
+template <class Function = TileFunction, class Choose>
+Function with_decoder(const Codebooks& books, Choose&& choose) {
   switch (books.dim * 1000 + books.centroids) {
     case 1004:
     case 2016: return choose(Tag<Pairs16>());

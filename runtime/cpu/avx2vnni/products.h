@@ -7,6 +7,7 @@
 
 #include "../avx2/isa.h"
 #include "../avx2/vectors.h"
+#include "../panel.h"
 #include "isa.h"
 
 namespace qc {
@@ -55,6 +56,39 @@ struct Sums {
     return d;
   }
 };
+
+// What becomes of decoded halves, of a segment's scales and zero points beside the product: nothing, or a tile of a panel.
+struct KeepNothing {
+  static constexpr bool kAhead = false;
+  template <int H>
+  QC_INLINE void vector(int, int, const Halves<H>&) {}
+  QC_INLINE void chunk() {}
+  QC_INLINE void segment(int, __m256, __m256i, bool) {}
+  QC_INLINE void next() {}
+};
+
+struct KeepTile {
+  static constexpr bool kAhead = true;
+  PanelTile out;
+
+  template <int H>
+  QC_INLINE void vector(int j, int first, const Halves<H>& bytes) {
+    for (int h = 0; h < H; ++h) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out.bytes + kVectorBytes * j + 32 * (first + h)), bytes.v[h]);
+    }
+  }
+  QC_INLINE void chunk() { out.bytes += 8 * kVectorBytes; }
+  QC_INLINE void segment(int half, __m256 scale, __m256i zero, bool asymmetric) {
+    _mm256_storeu_ps(out.scales + kHalfRows * half, scale);
+    if (asymmetric) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out.zeros + kHalfRows * half), zero);
+  }
+  QC_INLINE void next() {
+    out.scales += out.scale_step;
+    if (out.zeros) out.zeros += out.scale_step;
+  }
+};
+
+using KeepFunction = void (*)(const LinearJob& job, int64_t tile, int64_t block, const PanelTile& out);
 
 // Both halves of a tile at once where the registers hold their sums: codes and activations are then loaded once.
 constexpr int halves_at_once(int rows) { return rows <= 4 ? 2 : 1; }

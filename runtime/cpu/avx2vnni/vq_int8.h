@@ -10,8 +10,9 @@ namespace qc {
 namespace {
 
 // Halves first .. first + H - 1 of a tile.
-template <class Decoder, int R, int H>
-QC_INLINE void halves(const LinearJob& job, const VqCodes<Decoder::kBits>& codes, int64_t tile, int64_t block, int first) {
+template <class Decoder, int R, int H, class Keep>
+QC_INLINE void halves(const LinearJob& job, const VqCodes<Decoder::kBits>& codes, int64_t tile, int64_t block, int first,
+                      Keep keep) {
   const Matrix& w = job.weight;
   TileBooks books(*w.codebooks, tile);
   const int32_t* x = reinterpret_cast<const int32_t*>(static_cast<const uint8_t*>(job.x) + block * job.x_block_bytes);
@@ -35,17 +36,22 @@ QC_INLINE void halves(const LinearJob& job, const VqCodes<Decoder::kBits>& codes
       const int64_t end = chunk + per_segment < chunks ? chunk + per_segment : chunks;
       for (; chunk < end; ++chunk, x += 8 * R) {
         const uint8_t* p = codes.chunk(chunk) + 32 * first;
-        if (R == 1 && Decoder::kBits == 2) ask_ahead<chunk_bytes(2)>(p);
-        decoder.template each<H>(p, chunk % 2 != 0,
-                                 [&](int j, const Halves<H>& v) QC_LAMBDA_INLINE { dots.add(j, v, x); });
+        if (Keep::kAhead || (R == 1 && Decoder::kBits == 2)) ask_ahead<chunk_bytes(2)>(p);
+        decoder.template each<H>(p, chunk % 2 != 0, [&](int j, const Halves<H>& v) QC_LAMBDA_INLINE {
+          keep.vector(j, first, v);
+          dots.add(j, v, x);
+        });
+        keep.chunk();
       }
       for (int h = 0; h < H; ++h) {
         const __m256 scale = _mm256_mul_ps(load_scales(scales, first + h), shared);
+        keep.segment(first + h, scale, __m256i(), false);
         for (int m = 0; m < R; ++m) {
           const __m256 factor = _mm256_mul_ps(scale, _mm256_set1_ps(sa[m]));
           acc[h][m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots.total(h, m)), factor, acc[h][m]);
         }
       }
+      keep.next();
       sa += R;
       sums += R;
       scales += job.groups_per_segment * kTileRows;
@@ -56,11 +62,21 @@ QC_INLINE void halves(const LinearJob& job, const VqCodes<Decoder::kBits>& codes
   }
 }
 
-template <class Decoder, int R>
-void tile_vq_int8(const LinearJob& job, int64_t tile, int64_t block) {
+template <class Decoder, int R, class Keep>
+QC_INLINE void both_halves(const LinearJob& job, int64_t tile, int64_t block, Keep keep) {
   constexpr int H = halves_at_once(R);
   const VqCodes<Decoder::kBits> codes(job.weight, tile);
-  for (int first = 0; first < 2; first += H) halves<Decoder, R, H>(job, codes, tile, block, first);
+  for (int first = 0; first < 2; first += H) halves<Decoder, R, H>(job, codes, tile, block, first, keep);
+}
+
+template <class Decoder, int R>
+void tile_vq_int8(const LinearJob& job, int64_t tile, int64_t block) {
+  both_halves<Decoder, R>(job, tile, block, KeepNothing());
+}
+
+template <class Decoder, int R>
+void keep_vq_int8(const LinearJob& job, int64_t tile, int64_t block, const PanelTile& out) {
+  both_halves<Decoder, R>(job, tile, block, KeepTile{out});
 }
 
 template <class Decoder>
@@ -75,6 +91,13 @@ TileFunction of_rows(int64_t rows) {
 
 inline TileFunction tile_function(const LinearJob& job) {
   return with_decoder(*job.weight.codebooks, [&](auto tag) { return of_rows<typename decltype(tag)::type>(job.block_rows); });
+}
+
+inline KeepFunction keep_function(const LinearJob& job) {
+  return with_decoder<KeepFunction>(*job.weight.codebooks, [&](auto tag) -> KeepFunction {
+    using Decoder = typename decltype(tag)::type;
+    return job.block_rows == 5 ? keep_vq_int8<Decoder, 5> : keep_vq_int8<Decoder, 6>;
+  });
 }
 
 }  // namespace

@@ -11,6 +11,7 @@ struct Wide {
   using Int = __m512i;
   using Float = __m512;
   static constexpr int64_t kLanes = 16;
+  static constexpr int kLeastRows = 4, kMostRows = 8;
 
   static QC_INLINE const uint8_t* bytes(const Panel& panel, int64_t part) { return panel.bytes + part * panel.tile_stride; }
   static QC_INLINE int64_t stride(const Panel& panel) { return panel.tile_stride; }
@@ -43,7 +44,7 @@ struct Wide {
 
 namespace avx512 {
 
-const int kPanelRows[] = {4, 6, 8, 0};
+const int kPanelRows[] = {Wide::kLeastRows, 6, Wide::kMostRows, 0};
 
 void keep_scales(const LinearJob& job, int64_t tile, const PanelTile& out) {
   const Matrix& w = job.weight;

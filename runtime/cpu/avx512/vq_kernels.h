@@ -236,7 +236,7 @@ struct Tag {
   using type = Decoder;
 };
 
-template <class Function, class Decoders, class Choose>
+template <class Decoders, class Function = TileFunction, class Choose>
 Function with_decoder(const Codebooks& books, Choose&& choose) {
   const int key = books.dim * 1000 + books.centroids;
   switch (key) {
@@ -253,7 +253,7 @@ Function with_decoder(const Codebooks& books, Choose&& choose) {
 
 template <class Decoders>
 void all_int8(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end) {
-  const TileFunction run = with_decoder<TileFunction, Decoders>(*job.weight.codebooks, [&](auto tag) {
+  const TileFunction run = with_decoder<Decoders>(*job.weight.codebooks, [&](auto tag) {
     return int8_of_rows<typename decltype(tag)::type>(job.block_rows);
   });
   for (int64_t block = block_begin; block < block_end; ++block) {
@@ -263,7 +263,7 @@ void all_int8(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_
 
 template <class Decoders>
 void all_float(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end) {
-  const TileFunction run = with_decoder<TileFunction, Decoders>(*job.weight.codebooks, [&](auto tag) {
+  const TileFunction run = with_decoder<Decoders>(*job.weight.codebooks, [&](auto tag) {
     return float_of_rows<typename decltype(tag)::type>(job.block_rows);
   });
   for (int64_t block = block_begin; block < block_end; ++block) {
@@ -273,7 +273,7 @@ void all_float(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64
 
 template <class Decoders>
 void keep_any(const LinearJob& job, int64_t tile, int64_t block, const PanelTile& out) {
-  const KeepFunction run = with_decoder<KeepFunction, Decoders>(*job.weight.codebooks, [&](auto tag) -> KeepFunction {
+  const KeepFunction run = with_decoder<Decoders, KeepFunction>(*job.weight.codebooks, [&](auto tag) -> KeepFunction {
     using Decoder = typename decltype(tag)::type;
     switch (job.block_rows) {
       case 4: return keep_int8<Decoder, 4>;

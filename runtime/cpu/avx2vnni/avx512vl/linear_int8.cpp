@@ -9,5 +9,7 @@ void linear_int8(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int
   each_tile(job, tile_function(job), tile_begin, tile_end, block_begin, block_end);
 }
 
+void keep(const LinearJob& job, int64_t tile, int64_t block, const PanelTile& out) { keep_function(job)(job, tile, block, out); }
+
 }  // namespace avx512vl
 }  // namespace qc
