@@ -120,7 +120,7 @@ def compile(
             recipe=chosen.name,
             fallbacks=[f for e in quantizer.trace.entries for f in e.record["fallbacks"]],
             allowed=recipes.to_dict(chosen)["allow"],
-            tokens=_special_tokens(loaded.model if loaded is not None else model),
+            tokens=_special_tokens(loaded.model if loaded is not None else model, prepared.kind),
             context=_context(loaded.model if loaded is not None else model).positions,
             **facts["manifest"],
         )
@@ -249,7 +249,7 @@ def _prepare(
     reporter.stage("capture")
     stored = loaded.stored if loaded is not None else StoredWeights()
     with stored.lent(module):
-        prepared = prepare(module, example, dynamic_shapes)
+        prepared = prepare(module, example, dynamic_shapes, text_only=recipe.allow.text_only)
     prepared.stored = stored
     for note in prepared.notes:
         reporter.note(note)
@@ -318,8 +318,10 @@ def _write_records(writer: ArtifactWriter, quantizer: Quantizer, layers: dict[st
         writer.add_file(file)
 
 
-def _special_tokens(model: Any) -> dict[str, Any] | None:
-    """Ids that begin, end and pad a text; every id that ends one. From generation settings and configuration."""
+def _special_tokens(model: Any, kind: str) -> dict[str, Any] | None:
+    """Ids that begin, end and pad a text; every id that ends one, and those that no text has. From generation settings and
+    configuration.
+    """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -331,4 +333,14 @@ def _special_tokens(model: Any) -> dict[str, Any] | None:
         return sorted({int(i) for v in values if v is not None for i in (v if isinstance(v, (list, tuple)) else [v])})
 
     first = lambda name: next(iter(ids(name)), None)  # noqa: E731
-    return {"bos": first("bos_token_id"), "eos": ids("eos_token_id"), "pad": first("pad_token_id")}
+    found: dict[str, Any] = {"bos": first("bos_token_id"), "eos": ids("eos_token_id"), "pad": first("pad_token_id")}
+    if kind == "encoder-decoder":
+        from qcompiler.capture.encoder_decoder import start_token
+
+        begin = [start_token(model), first("forced_bos_token_id")]
+        found["decoder_start"] = [token for token in begin if token is not None]
+    # Of texts of several tokens that must not appear none is known here; of single ones all.
+    words = [word for s in settings for word in getattr(s, "bad_words_ids", None) or []]
+    if never := sorted({*ids("suppress_tokens"), *(word[0] for word in words if len(word) == 1)}):
+        found["never"] = never
+    return found

@@ -32,19 +32,20 @@ def _onnx(
 ) -> dict[str, Any]:
     from qcompiler.capture.dimensions import ports
     from qcompiler.lower.external import check_saved, external_bytes, save
-    from qcompiler.lower.onnx import lower, op_counts
+    from qcompiler.lower.onnx import finish, lower, op_counts
     from qcompiler.lower.quick_match import quick_match
     from qcompiler.pipeline.accounting import layers_file, packed_totals
 
     with quick_match():
         program = prepared.export_onnx(quantizer)
         reporter.stage("lower")
-        lowered = lower(program, decoder=prepared.kind == "decoder")
+        lowered = lower(program, decoder=prepared.kind in ("decoder", "encoder-decoder"))
     if target == "onnx-stock":
         packed = _to_stock(lowered.model, quantizer)
         lowered.op_counts = op_counts(lowered.model)
     else:
         packed = packed_totals(lowered.model)
+        finish(lowered, quantizer.recipe.own_attention)
     inputs, outputs = ports(lowered.model)
     reporter.stage("write")
     writer.reserve(external_bytes(lowered.model))
@@ -69,12 +70,14 @@ def _onnx(
 
 
 def _limits(prepared: Prepared) -> dict[str, Any]:
-    """What the manifest says of texts that the graph is not right for, and of a missing cache."""
+    """What the manifest says of texts that the graph is not right for, a missing cache and what was left out."""
     extra: dict[str, Any] = {} if prepared.longest is None else {"longest": prepared.longest}
     if prepared.shortest > 1:
         extra["shortest"] = prepared.shortest
     if prepared.whole is not None:
         extra["whole_text"] = {"reason": prepared.whole, "causal": prepared.causal}
+    if prepared.left_out:
+        extra["left_out"] = prepared.left_out
     return {"extra": extra} if extra else {}
 
 

@@ -120,6 +120,7 @@ class Artifact:
         whole_text: why a decoder has no cache; None where it has one.
         causal: whether the logits of a decoder predict after every token, and not after the last one alone.
         decoder_start: what an encoder-decoder's decoder begins with: a token id or, where a first one is forced, two.
+        never: token ids that no generated text has.
         manifest: the whole manifest, as read.
     """
 
@@ -139,6 +140,7 @@ class Artifact:
     whole_text: str | None
     causal: bool
     decoder_start: tuple[int, ...]
+    never: tuple[int, ...]
     layout_version: int
     files: Mapping[str, FileInfo]
     manifest: Mapping[str, Any] = field(repr=False)
@@ -299,6 +301,7 @@ class _Reader:
             whole_text=None if whole is None else self.text(whole.get("reason"), "whole_text.reason"),
             causal=whole is None or whole.get("causal") is not False,
             decoder_start=tuple(self.number(token, "tokens.decoder_start") for token in tokens.get("decoder_start") or ()),
+            never=tuple(self.number(token, "tokens.never") for token in tokens.get("never") or ()),
             layout_version=self.number(manifest.get("layout_version", 1), "layout_version"),
             files=files,
             manifest=manifest,

@@ -43,7 +43,7 @@ def bench(
         if value < 1:
             raise UsageError(f"{name} is {value}, expected at least 1")
     artifact = open_artifact(path)
-    if artifact.kind != "decoder":
+    if artifact.kind not in ("decoder", "encoder-decoder"):
         raise UsageError(f"{artifact.path} is of kind {artifact.kind!r}; only decoders are measured in tokens a second")
     if artifact.context is not None:
         if new_tokens >= artifact.context:
@@ -89,7 +89,11 @@ def _run(session: Session, prompt: np.ndarray, new_tokens: int) -> tuple[float, 
     """Seconds for the prompt, and for each of the following steps (greedy, whatever the tokens)."""
     session.reset()
     start = time.perf_counter()
-    logits = session.prefill(prompt)
+    if session.artifact.kind == "encoder-decoder":
+        session.read(prompt)
+        logits = session.prefill(session.artifact.decoder_start or (0,))
+    else:
+        logits = session.prefill(prompt)
     prompt_seconds = time.perf_counter() - start
     step_seconds = []
     for _ in range(new_tokens):

@@ -63,6 +63,7 @@ def generate(
     stop: str | int | Sequence[str | int] = (),
     special: bool = True,
     reset: bool = True,
+    begin: str | Sequence[int] | None = None,
 ) -> Generation:
     """Continue `prompt`: an iterator of `Token`, each given out as soon as it is chosen.
 
@@ -74,6 +75,8 @@ def generate(
         stop: texts and token ids that end the generation; a stop text is not given out.
         special: encode a text with the tokenizer's own special tokens around it; False for a rendered chat.
         reset: start from an empty cache; False continues what is in it.
+        begin: of an encoder-decoder, whose encoder reads the prompt: what its decoder's text begins with behind the start
+            token, in place of the first token that the checkpoint forces (such as the language to translate to).
 
     The tokens that end a text (the manifest's, the generation configuration's) end the generation, too; the token
     itself is given out, with no text of its own. An interrupt (KeyboardInterrupt) leaves the session usable.
@@ -84,7 +87,7 @@ def generate(
         UsageError: an option is out of range.
     """
     sampler = Sampler(temperature, top_k, top_p, seed)
-    return Generation(session, prompt, max_tokens, sampler, _stops(stop), special=special, reset=reset)
+    return Generation(session, prompt, max_tokens, sampler, _stops(stop), special=special, reset=reset, begin=begin)
 
 
 def end_tokens(artifact: Artifact) -> frozenset[int]:
@@ -120,9 +123,11 @@ class Generation(Iterator[Token]):
         *,
         special: bool,
         reset: bool,
+        begin: str | Sequence[int] | None,
     ) -> None:
         artifact = session.artifact
-        self._tokenizer = Tokenizer(artifact) if has_tokenizer(artifact) or isinstance(prompt, str) else None
+        needed = isinstance(prompt, str) or isinstance(begin, str)
+        self._tokenizer = Tokenizer(artifact) if has_tokenizer(artifact) or needed else None
         texts = [stop for stop in stops if isinstance(stop, str)]
         if texts and self._tokenizer is None:
             raise InputError(f"{artifact.path} has no tokenizer, so it cannot stop at {texts[0]!r}; pass token ids")
@@ -133,12 +138,17 @@ class Generation(Iterator[Token]):
             raise InputError("the prompt has no tokens; give at least one, such as the token that begins a text")
         if reset:
             session.reset()
+        self.stats = Stats(prompt_tokens=len(prompt))
+        if artifact.kind == "encoder-decoder":
+            session.read(prompt)
+            prompt = _beginning(artifact, begin, self._tokenizer)
+        elif begin is not None:
+            raise UsageError(f"{artifact.path} is of kind {artifact.kind!r}: its text begins with the prompt")
         self._session, self._sampler, self._prompt = session, sampler, prompt
         self._ends = end_tokens(artifact) | {stop for stop in stops if isinstance(stop, int)}
         self._eos = end_tokens(artifact)
         self._max_tokens = _limit(session, len(prompt), max_tokens)
         self._text = _StoppableText(self._tokenizer, texts)
-        self.stats = Stats(prompt_tokens=len(prompt))
         self.text = ""
         self.ids: list[int] = []
         self._tokens = self._run()
@@ -150,6 +160,13 @@ class Generation(Iterator[Token]):
         """Stop; the session can be used for something else."""
         self._tokens.close()
 
+    def _allowed(self, logits: np.ndarray) -> np.ndarray:
+        """`logits` without the tokens that no text has."""
+        if never := [token for token in self._session.artifact.never if token < len(logits)]:
+            logits = logits.copy()
+            logits[never] = -np.inf
+        return logits
+
     def _run(self) -> Generator[Token, None, None]:
         stats = self.stats
         try:
@@ -157,7 +174,7 @@ class Generation(Iterator[Token]):
             logits = self._session.prefill(self._prompt)
             stats.prefill_seconds = time.perf_counter() - start
             while stats.finish is None:
-                token = self._sampler(logits)
+                token = self._sampler(self._allowed(logits))
                 stats.tokens += 1
                 piece, stopped = ("", False) if token in self._ends else self._text.push(token)
                 finish = "eos" if token in self._eos else "stop" if token in self._ends or stopped else None
@@ -189,6 +206,18 @@ def _limit(session: Session, prompt_tokens: int, max_tokens: int | None) -> int:
         raise UsageError("the model's context is not known: say how many tokens at most (max_tokens)")
     session.check_room(prompt_tokens + 1)
     return session.artifact.context - session.length - prompt_tokens
+
+
+def _beginning(artifact: Artifact, begin: str | Sequence[int] | None, tokenizer: Tokenizer | None) -> Sequence[int]:
+    """What the text of an encoder-decoder's decoder begins with."""
+    if not artifact.decoder_start and begin is None:
+        raise InputError(f"{artifact.path}: nothing says which token its decoder's text begins with; give it (begin)")
+    if begin is None:
+        return artifact.decoder_start
+    if isinstance(begin, str):
+        assert tokenizer is not None
+        begin = tokenizer.encode(begin, special=False)
+    return [*artifact.decoder_start[:1], *begin]
 
 
 class _StoppableText:

@@ -190,6 +190,9 @@ class Session:
         for name, info in infos.items():
             if name in given:
                 continue
+            if info.role == "logits_to_keep":
+                given[name] = np.array([np.iinfo(np.int32).max], info.dtype)  # all of them
+                continue
             if tokens is None or info.role not in ("mask", "token_types", "positions"):
                 raise UsageError(f"the input {name} ({info.dtype} {list(info.shape)}) is missing")
             if info.role == "positions":

@@ -13,7 +13,7 @@ from transformers.exporters.exporter_dynamo import is_cache_object
 from qcompiler.capture.prepared import Prepared
 from qcompiler.errors import UnsupportedError
 
-TOKENS = "input_ids"
+TOKENS, DECODER_TOKENS = "input_ids", "decoder_input_ids"
 
 
 def takes_tokens(prepared: Prepared) -> bool:
@@ -37,6 +37,8 @@ def feed(prepared: Prepared, tokens: torch.Tensor, past: int = 0, cache: Any = N
 
     Raises:
         UnsupportedError: the model takes no tokens, or fewer of them at once.
+
+    An encoder-decoder gets the same text on both sides: the decoder's begins with its start token and ends a token earlier.
     """
     if not takes_tokens(prepared):
         raise UnsupportedError(f"{prepared.description}: takes no token ids; give example inputs instead")
@@ -49,11 +51,11 @@ def feed(prepared: Prepared, tokens: torch.Tensor, past: int = 0, cache: Any = N
         raise UnsupportedError(
             f"{prepared.description}: its graph takes texts of {prepared.shortest} tokens and more, found {length}"
         )
-    sizes = {"batch": batch, "length": length, "past_length": past, "total_length": past + length}
+    sizes = {"batch": batch, "length": length, "past_length": past, "total_length": past + length, "decoder_length": length}
     kept = cache_name(prepared) if cache is not None else None
     return {
         name: cache if name == kept else _argument(name, value, prepared.axes, sizes, tokens)
-        for name, value in arguments(prepared).items()
+        for name, value in (arguments(prepared) | _shifted(prepared, tokens)).items()
     }
 
 
@@ -78,9 +80,18 @@ def cache_name(prepared: Prepared) -> str:
     return next(name for name, value in prepared.inputs.items() if is_cache_object(value))
 
 
+def _shifted(prepared: Prepared, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    if DECODER_TOKENS not in prepared.inputs:
+        return {}
+    start = torch.full_like(tokens[:, :1], prepared.start or 0)
+    return {DECODER_TOKENS: torch.cat([start, tokens[:, :-1]], 1)}
+
+
 def _argument(name: str, value: Any, axes: dict[str, dict[int, str]], sizes: dict[str, int], tokens: torch.Tensor) -> Any:
     if name == TOKENS:
         return tokens
+    if name == DECODER_TOKENS:
+        return value
     if isinstance(value, torch.Tensor):
         shape = [sizes.get(axes.get(name, {}).get(axis, ""), size) for axis, size in enumerate(value.shape)]
         if name in ("position_ids", "cache_position"):

@@ -10,6 +10,7 @@ Dimension = int | str
 
 _INPUT_ROLES = {
     "input_ids": "tokens",
+    "decoder_input_ids": "decoder_tokens",
     "position_ids": "positions",
     "cache_position": "positions",
     "attention_mask": "mask",
@@ -29,13 +30,14 @@ class Port:
     Attributes:
         name: its name in the ONNX graph, e.g. `input_ids` or `input.past_key_values.layers.0.keys`.
         path: where it sits in the model's own arguments or outputs, e.g. `past_key_values.layers.0.keys`.
-        role: for an input `tokens`, `positions`, `mask` (1 for a token that counts), `token_types`, `past_key`,
-            `past_value`, `past_state` or `other`; for an output `logits`, `hidden`, `pooled`, `present_key`,
+        role: for an input `tokens`, `decoder_tokens`, `positions`, `mask` (1 for a token that counts), `token_types`,
+            `past_key`, `past_value`, `past_state` or `other`; for an output `logits`, `hidden`, `pooled`, `present_key`,
             `present_value`, `present_state` or `other`. A state is any other tensor of the cache: one of fixed shape is
             replaced by every step.
         layer: which cache layer a past or present belongs to, else None.
         shape: a size or a name for each axis. Names: `batch`, `length` (new tokens), `past_length` (tokens in the
-            cache), `total_length` (both); anything else is an expression of these or a name of its own.
+            cache), `total_length` (both), `decoder_length` (tokens of an encoder-decoder's second text); anything else is an
+            expression of these or a name of its own.
         dtype: `int64`, `float32` …
     """
 

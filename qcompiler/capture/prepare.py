@@ -11,17 +11,22 @@ from transformers.exporters.utils import is_multimodal
 
 from qcompiler.capture.decoder import prepare_decoder
 from qcompiler.capture.encoder import prepare_encoder
+from qcompiler.capture.encoder_decoder import prepare_encoder_decoder
+from qcompiler.capture.left_out import left_out
 from qcompiler.capture.plain import prepare_module
 from qcompiler.capture.prepared import Prepared
 from qcompiler.errors import UnsupportedError, UsageError
 
 
-def prepare(model: torch.nn.Module, example: Any = None, dynamic_shapes: dict[str, Any] | None = None) -> Prepared:
+def prepare(
+    model: torch.nn.Module, example: Any = None, dynamic_shapes: dict[str, Any] | None = None, *, text_only: bool = False
+) -> Prepared:
     """Make a model ready for export.
 
-    A decoder language model and an encoder of text need no example. Everything else does: what `forward` is called
-    with, as a dict of keyword arguments, a tuple, or one tensor; `dynamic_shapes` then says which axes vary (default:
-    axis 0 where the example has at least two rows).
+    A decoder language model, an encoder of text and an encoder-decoder of texts need no example. Everything else does: what
+    `forward` is called with, as a dict of keyword arguments, a tuple, or one tensor; `dynamic_shapes` then says which axes
+    vary (default: axis 0 where the example has at least two rows). Of a model that takes more than text, the text path alone
+    is prepared where `text_only` says so.
     """
     model = model.eval()
     if example is not None:
@@ -30,21 +35,37 @@ def prepare(model: torch.nn.Module, example: Any = None, dynamic_shapes: dict[st
         raise UsageError("dynamic_shapes belongs to example inputs; found none")
     if not isinstance(model, PreTrainedModel):
         raise UsageError(f"{type(model).__name__} is no transformers model: give example inputs to capture it with")
-    _check_form(model)
+    more = _takes_more(model, text_only)
+    prepared = _of_text(model)
+    if more:
+        prepared.left_out = left_out(prepared)
+        named = ", ".join(f"{name} ({size:,} bytes)" for name, size in prepared.left_out.items()) or "no weights"
+        prepared.notes.append(f"the text path alone; left out: {named}")
+    return prepared
+
+
+def _of_text(model: PreTrainedModel) -> Prepared:
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        return prepare_encoder_decoder(model)
     return prepare_decoder(model) if model.can_generate() else prepare_encoder(model)
 
 
-def _check_form(model: PreTrainedModel) -> None:
+def _takes_more(model: PreTrainedModel, text_only: bool) -> bool:
+    """Whether the model takes more than text, where that is allowed.
+
+    Raises `UnsupportedError` where it is not, and for a model that takes no token ids.
+    """
     found = f"{model.config.model_type} ({type(model).__name__})"
-    expected = "expected a decoder language model or an encoder of text"
+    expected = "expected a decoder language model, an encoder or an encoder-decoder of text"
     accepted = inspect.signature(model.forward).parameters
-    if "decoder_input_ids" in accepted:
+    more = is_multimodal(model) and "input_ids" in accepted
+    if more and not text_only:
         raise UnsupportedError(
-            f"{found} is an encoder-decoder; {expected}. Its encoder alone can be compiled: pass model.get_encoder()"
+            f"{found} takes more than text; {expected}. Its text path alone can be compiled: ask for it with the recipe's "
+            "allow: {text_only: true}"
         )
-    if is_multimodal(model):
-        raise UnsupportedError(f"{found} takes more than text; {expected}")
     if "input_ids" not in accepted:
         raise UnsupportedError(
             f"{found} takes {model.main_input_name!r}, not token ids; {expected}, or example inputs to capture it with"
         )
+    return more

@@ -34,6 +34,8 @@ class Prepared:
         whole: why a decoder has no cache and computes the whole text for every token; None where it has one.
         causal: whether the logits of a decoder after a token depend on no later one.
         shortest, longest: the texts that a graph without a cache is right for, found when it is exported; None for no bound.
+        start: the token that the text of an encoder-decoder's decoder begins with, where it is known.
+        left_out: modules of a model that its text path does not use, by path, with the bytes of their weights.
         fallbacks: places where capture took a weaker form than the model's own, and why.
         stored: weights that `module` has stand-ins for; they are put back into what is captured.
     """
@@ -51,6 +53,8 @@ class Prepared:
     causal: bool = True
     shortest: int = 1
     longest: int | None = None
+    start: int | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
     fallbacks: list[Skip] = field(default_factory=list)
     stored: StoredWeights = field(default_factory=StoredWeights)
 
@@ -64,7 +68,8 @@ class Prepared:
 
     def report(self) -> Report:
         """What the record of the capture says."""
-        notes = {key: value for key, value in (("notes", self.notes), ("whole_text", self.whole)) if value}
+        found = {"notes": self.notes, "whole_text": self.whole, "left_out": self.left_out}
+        notes = {key: value for key, value in found.items() if value}
         return Report(fallbacks=list(self.fallbacks), notes=notes)
 
     def export_onnx(self, quantizer: ExportQuantizer | None = None) -> onnx_ir.Model:

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=not_negative, metavar="P", help="draw from the likeliest that reach P together")
     parser.add_argument("--seed", type=int, metavar="S", help="the same seed draws the same text")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    parser.add_argument("--begin", metavar="TEXT", help="what the text of an encoder-decoder begins with")
     parser.add_argument("--chat", action="store_true", help="apply the checkpoint's chat template to the prompt")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads inside an operator")
     parser.add_argument("--verify", action="store_true", help="check every file first, however large")
@@ -53,7 +54,7 @@ def execute(options: argparse.Namespace) -> int:
     options.prompt = _prompt(options.prompt)
     _check(artifact, options.verify)
     session = Session(artifact, threads=options.threads, portable=options.portable)
-    if artifact.kind == "decoder":
+    if artifact.kind in ("decoder", "encoder-decoder"):
         _generate(session, options)
     elif artifact.kind == "encoder":
         print(json.dumps(_vector(session, options.prompt)))
@@ -111,6 +112,7 @@ def _generate(session: Session, options: argparse.Namespace) -> None:
         seed=options.seed,
         stop=options.stop,
         special=not options.chat,
+        begin=options.begin,
     )
     for token in itertools.islice(generation, None if bounded else DEFAULT_TOKENS):
         sys.stdout.write(token.text)

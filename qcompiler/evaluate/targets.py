@@ -95,8 +95,15 @@ def _of_session(session: Any) -> Target:
     label = f"{source or directory.name} ({artifact.manifest.get('recipe') or artifact.target})"
     if artifact.kind == "decoder":
         return Target(str(directory), lambda ids: {LOGITS: session.logits(ids)}, artifact.causal, tokens, context, label)
+    if artifact.kind == "encoder-decoder" and artifact.decoder_start:
+
+        def answer(ids: np.ndarray) -> dict[str, np.ndarray]:
+            session.read(ids)
+            return {LOGITS: session.logits(_behind(artifact.decoder_start[0], ids))[1:]}
+
+        return Target(str(directory), answer, True, tokens, context.shorter(1), label)
     info = artifact.input("tokens")
-    if info is None:
+    if info is None or artifact.kind == "encoder-decoder":
         raise UnsupportedError(f"{directory} takes no tokens, so it cannot be evaluated on a text")
 
     def run(ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -119,22 +126,47 @@ def _of_module(module: Any) -> Target:
     import torch
 
     name, config = type(module).__name__, getattr(module, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedError(
-            f"{name} is an encoder-decoder: its output needs a second text, which evaluation has not"
-        )
     parameter = next(module.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     # A cache is of no use for whole windows; models that know the switch return less without it.
     options = {"use_cache": False} if "use_cache" in inspect.signature(module.forward).parameters else {}
 
+    both = _two_texts(module)
+
     def run(tokens: np.ndarray) -> dict[str, np.ndarray]:
         with _inference(module), torch.inference_mode():
-            return _named(module(torch.from_numpy(tokens)[None].to(device), **options))
+            ids = torch.from_numpy(tokens)[None].to(device)
+            if both is None:
+                return _named(module(ids, **options))
+            begin = torch.from_numpy(_behind(both, tokens))[None].to(device)
+            return {LOGITS: _named(module(input_ids=ids, decoder_input_ids=begin, **options))[LOGITS][1:]}
 
     source = getattr(config, "_name_or_path", "")
     tokens = _tokens_in(Path(source)) if source else None
-    return Target(name, run, _is_causal(module), tokens, Context() if config is None else Context.of_config(config))
+    context = Context() if config is None else Context.of_config(config)
+    return Target(name, run, _is_causal(module), tokens, context if both is None else context.shorter(1))
+
+
+def _two_texts(module: Any) -> int | None:
+    """The token that the decoder of an encoder-decoder begins with; None for any other model.
+
+    Both its texts are then the window: the decoder's begins with that token, and is scored on the window's.
+    """
+    if not getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        return None
+    from qcompiler.capture.encoder_decoder import start_token
+
+    start = start_token(module)
+    if start is None or module.get_output_embeddings() is None:
+        raise UnsupportedError(
+            f"{type(module).__name__} is an encoder-decoder without "
+            f"{'a head' if start is not None else 'a token that its decoder begins with'}: it predicts no text"
+        )
+    return start
+
+
+def _behind(start: int, tokens: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.array([start], np.int64), tokens])
 
 
 @contextmanager

@@ -53,6 +53,10 @@ class Context:
             return self
         return Context(self.trained, limit if self.positions is None else min(limit, self.positions))
 
+    def shorter(self, count: int) -> Context:
+        """The same where `count` positions are taken by something else."""
+        return Context(self.trained, None if self.positions is None else max(self.positions - count, 2))
+
     @property
     def default(self) -> int | None:
         """Length of a window, or None where nothing is known."""

@@ -197,11 +197,13 @@ class Allow:
         unmatched: names of passes that may match nothing.
         fallbacks: how many places may fall back to a weaker method than the one asked for.
         min_coverage: least share of the bytes of all constant matmul weights that must be quantized.
+        text_only: of a model that takes more than text, compile the text path alone.
     """
 
     unmatched: tuple[str, ...] = ()
     fallbacks: int = 0
     min_coverage: float = 0.95
+    text_only: bool = False
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -259,6 +261,8 @@ class Recipe:
         allow: see `Allow`.
         strict_groups: make a short last group an error.
         fuse: one op for layers that read the same value, where the target has such ops; the numbers are the same.
+        own_attention: attention over a shared cache by our op, where the target has it, else by ONNX Runtime's: the same but for
+            the last bits.
     """
 
     name: str
@@ -273,6 +277,7 @@ class Recipe:
     allow: Allow = Allow()
     strict_groups: bool = False
     fuse: bool = True
+    own_attention: bool = True
     description: str = ""
 
     def scheme(self, name: str, kind: str, role: str | None, size: int) -> SchemeOrFloat:

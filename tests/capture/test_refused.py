@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+import qcompiler
 from qcompiler.capture.capture import captured
 from qcompiler.capture.dimensions import program_ports
 from qcompiler.capture.prepare import prepare
@@ -13,9 +14,12 @@ from qcompiler.errors import UnsupportedError
 
 SIZES = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
 REFUSED = {
-    "T5ForConditionalGeneration": (
-        dict(vocab_size=64, d_model=32, d_ff=32, d_kv=16, num_layers=1, num_heads=2),
-        r"t5 \(T5ForConditionalGeneration\) is an encoder-decoder.*Its encoder alone can be compiled: pass model.get_encoder",
+    "WhisperForConditionalGeneration": (
+        dict(
+            vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+            encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        ),
+        r"whisper \(WhisperForConditionalGeneration\) takes 'input_features', not token ids",
     ),
     "ViTModel": (
         dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32),
@@ -41,7 +45,7 @@ def test_the_message_names_the_model_and_what_was_found(name: str) -> None:
     options, message = REFUSED[name]
     cls = getattr(transformers, name)
     with pytest.raises(UnsupportedError, match=message) as caught:
-        prepare(cls(cls.config_class(**options))).export_onnx()
+        prepare(cls(cls.config_class(**options))).export_torch(qcompiler.Quantizer("int8-weights"))
     assert caught.value.exit_code == 4
 
 
