@@ -14,6 +14,7 @@ from qcompiler.artifact.manifest import version
 from qcompiler.capture.quiet import Quiet
 from qcompiler.errors import UnsupportedError
 from qcompiler.lower.last_logits import keep_last_logits
+from qcompiler.lower.own_attention import use_own_attention
 from qcompiler.lower.share_cache import CacheResult, cache_layers, cache_states, share_cache
 from qcompiler.ops.onnx_ops import attach_bodies
 from qcompiler.pipeline.trace import plain
@@ -68,6 +69,12 @@ def lower(model: ir.Model, *, decoder: bool) -> Lowered:
     notes["function_bodies"] = attach_bodies(model)
     clean_metadata(model)
     return Lowered(model, cache, unfused_attention(model), op_counts(model), notes)
+
+
+def finish(lowered: Lowered, own_attention: bool) -> None:
+    """The last edit for our op library: its attention in place of ONNX Runtime's, where `own_attention` and the node allow."""
+    lowered.notes["own_attention"] = plain(use_own_attention(lowered.model, lowered.cache, own_attention))
+    lowered.op_counts = op_counts(lowered.model)
 
 
 def op_counts(model: ir.Model) -> dict[str, int]:
