@@ -22,7 +22,7 @@ from qcompiler.errors import InputError
 from qcompiler.ops import layout
 from qcompiler.ops.formats import LAYOUT_VERSION, AffineFormat
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 ACTIVATIONS = {"float": 0, "int8_token": 1, "int8_block": 2, "int8_static": 3}
 
 _NAMES = {"darwin": "libqcompiler_ops.dylib", "win32": "libqcompiler_ops.dll"}
@@ -112,6 +112,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         ctypes.c_int32,
         [ctypes.POINTER(_Context), ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p],
     ),
+    "qc_attention": (ctypes.c_int32, [ctypes.POINTER(_Context), ctypes.c_void_p]),
     "qc_pool_set_threads": (None, [ctypes.c_int32]),
     "qc_debug_last_codes_pointer": (ctypes.c_void_p, []),
 }

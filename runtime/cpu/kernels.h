@@ -87,6 +87,14 @@ extern const EdgeFunctions kAvx512Edges;
 
 struct PanelFunctions;
 
+// See attention.h.
+struct AttentionFunctions;
+extern const AttentionFunctions kGenericAttention;
+#if defined(QC_HAVE_X86_KERNELS)
+extern const AttentionFunctions kAvx2Attention;
+extern const AttentionFunctions kAvx512Attention;
+#endif
+
 struct Kernels {
   const char* name;
   // Rows a block may have, ascending, ended by 0.
@@ -100,6 +108,7 @@ struct Kernels {
   LinearFunction vq_float;
   OutlierFunction add_outliers;
   const EdgeFunctions* edges = &kGenericEdges;
+  const AttentionFunctions* attention = &kGenericAttention;
   // Integer activations of many rows (panel.h); null: no other way than for few.
   const PanelFunctions* panel = nullptr;
 };

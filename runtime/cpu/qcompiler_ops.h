@@ -21,7 +21,7 @@ extern "C" {
 #endif
 
 // Bumped when a signature or a struct below changes; the Python side refuses any other.
-#define QC_ABI_VERSION 4
+#define QC_ABI_VERSION 5
 // The packed layout that these kernels read; carried by every op as attribute `layout_version`.
 #define QC_LAYOUT_VERSION 1
 
@@ -168,6 +168,39 @@ QC_EXPORT int32_t qc_linear_vq(const qc_context* context, const qc_vq_weight* we
                                const qc_linear_edges* edges, int64_t rows, const float* x, const float* bias, float* y);
 QC_EXPORT int32_t qc_embedding_vq(const qc_context* context, const qc_vq_weight* weight, int64_t count,
                                   const int64_t* indices, float* y);
+
+// One call of attention over a key/value cache: `rows` new positions of one sequence behind `past` filled ones. Rotates q and k, puts
+// k and v into the cache, and gives y[r] = softmax(scale * q[r] . K^T + bias[r]) . V over the positions that row r sees: those up to its
+// own, of which with a window the last `window`. docs/layout.md, "Attention".
+//   heads, kv_heads   of q, and of k and v: the first a multiple of the second; query head h reads kv head h / (heads / kv_heads)
+//   rotary            leading columns of a head that are rotated, even; 0: none. interleaved: pairs are neighbours, not halves
+//   window            0: none
+//   q, k, v           [rows, heads or kv_heads, head_size], rows *_stride floats apart (they may be parts of one packed tensor)
+//   past_*            [kv_heads, past_capacity, head_size], not read where past is 0
+//   present_*         [kv_heads, capacity, head_size]: the past itself, or elsewhere; then the filled part is copied
+//   cosines, sines    [rotary_rows, rotary / 2], read at positions[r], or where that is null at past + r
+//   bias              null: none; of head h and row r at bias + h * bias_head_stride + r * bias_row_stride: [past + rows]
+//   y                 [rows, heads, head_size], which must not overlap the others
+typedef struct qc_attention_call {
+  int32_t heads, kv_heads, head_size, rotary, interleaved, window;
+  float scale;
+  int64_t rows, past;
+  const float *q, *k, *v;
+  int64_t q_stride, k_stride, v_stride;
+  const float *past_key, *past_value;
+  int64_t past_capacity;
+  float *present_key, *present_value;
+  int64_t capacity;
+  const float *cosines, *sines;
+  int64_t rotary_rows;
+  const int64_t* positions;
+  const float* bias;
+  int64_t bias_head_stride, bias_row_stride;
+  float* y;
+} qc_attention_call;
+
+// Bit-equal for every ISA, every number of threads and every cut of the rows into calls.
+QC_EXPORT int32_t qc_attention(const qc_context* context, const qc_attention_call* call);
 
 // The library's own thread pool, for callers that have none (ctypes from torch and numpy).
 QC_EXPORT void qc_pool_parallel_for(void* pool, void (*body)(void* user, size_t index), size_t count, void* user);

@@ -76,7 +76,7 @@ Op make_op(const Api& api, const OpDescription& description, bool with_inference
     return self(op).description->inputs[i].characteristic;
   };
   op.GetInputMemoryType = [](const OrtCustomOp*, size_t) -> int { return kMemoryDefault; };
-  op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
+  op.GetOutputTypeCount = [](const OrtCustomOp* op) { return self(op).description->output_count; };
   op.GetOutputType = [](const OrtCustomOp*, size_t) -> int { return kFloat; };
   op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) -> int { return kRequired; };
   op.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 1; };
@@ -94,7 +94,7 @@ Op make_op(const Api& api, const OpDescription& description, bool with_inference
 
 struct Registration {
   Api api;
-  Op ops[6];
+  Op ops[7];
   OrtCustomOpDomain* domain = nullptr;
 };
 
@@ -111,7 +111,8 @@ Registration& registration(const Api& api, const char* version) {
   auto made = std::make_unique<Registration>(Registration{
       api, {make_op(api, kLinearNBit, with_inference), make_op(api, kEmbeddingNBit, with_inference),
        make_op(api, kLinearExpertsNBit, with_inference), make_op(api, kLinearMixed, with_inference),
-       make_op(api, kLinearVQ, with_inference), make_op(api, kEmbeddingVQ, with_inference)},
+       make_op(api, kLinearVQ, with_inference), make_op(api, kEmbeddingVQ, with_inference),
+       make_op(api, kGroupQueryAttention, with_inference)},
       nullptr});
   check(api, api.CreateCustomOpDomain(kDomain, &made->domain));
   for (const Op& op : made->ops) check(api, api.CustomOpDomain_Add(made->domain, static_cast<const OrtCustomOp*>(&op)));

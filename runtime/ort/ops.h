@@ -21,8 +21,8 @@ struct OpInput {
   Characteristic characteristic;
 };
 
-// An op has one float output whose shape is that of input 0 with the last dimension replaced (`replaces_last`) or with
-// one more dimension. That dimension is the attribute `output_dimension`, or half of it (`gated`).
+// An op has one float output (attention: two more, the caches, of the shapes of inputs 3 and 4) whose shape is that of input 0 with the last dimension replaced (`replaces_last`) or with
+// one more dimension. That dimension is the attribute `output_dimension`, or half of it (`gated`), or with caches that many heads.
 struct OpDescription {
   const char* name;
   const OpInput* inputs;
@@ -31,6 +31,7 @@ struct OpDescription {
   bool replaces_last;
   std::unique_ptr<Kernel> (*create)(const Api& api, const OrtKernelInfo* info);
   bool gated = false;  // half of that dimension where the attribute `gate` is there and not 0
+  size_t output_count = 1;
 };
 
 extern const OpDescription kLinearNBit;
@@ -39,6 +40,7 @@ extern const OpDescription kEmbeddingNBit;
 extern const OpDescription kLinearExpertsNBit;
 extern const OpDescription kLinearVQ;
 extern const OpDescription kEmbeddingVQ;
+extern const OpDescription kGroupQueryAttention;
 
 // The kernels' work on the thread pool of the session that calls. Valid during one compute().
 class SessionPool {

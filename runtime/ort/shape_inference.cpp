@@ -27,6 +27,19 @@ void infer_output_shape(const Api& api, const OpDescription& op, OrtShapeInferCo
       succeeded(api, api.ReadOpAttr(attribute, kAttributeInt, static_cast<void*>(&gate), sizeof(gate), &bytes)) && gate)
     last /= 2;
 
+  if (op.output_count == 3) {
+    OrtTensorTypeAndShapeInfo* past = nullptr;  // [1, heads, capacity, head size]
+    int64_t sizes[4];
+    size_t past_rank = 0;
+    if (!succeeded(api, api.ShapeInferContext_GetInputTypeShape(context, size_t{3}, &past)) || past == nullptr ||
+        !succeeded(api, api.GetDimensionsCount(past, &past_rank)) || past_rank != 4 ||
+        !succeeded(api, api.GetDimensions(past, sizes, past_rank)) || sizes[3] < 0)
+      return;
+    last *= sizes[3];
+    for (size_t output = 1; output < op.output_count; ++output)
+      succeeded(api, api.ShapeInferContext_SetOutputTypeShape(context, output, past));
+  }
+
   std::vector<int64_t> dims(rank);
   std::vector<const char*> names(rank, "");
   if (!succeeded(api, api.GetDimensions(input, dims.data(), rank)) ||

@@ -8,6 +8,6 @@ namespace qc {
 extern const Kernels kAvxVnniKernels = {
     "avxvnni",            avxvnni::kInt8BlockRows, avx2::kFloatBlockRows, avx2::quantize_row, avxvnni::linear_int8,
     avx2::linear_float, avxvnni::vq_int8,        avx2::vq_float,        avx2::add_outliers,
-    &kAvx2Edges,        &avxvnni::kPanel};
+    &kAvx2Edges, &kAvx2Attention,        &avxvnni::kPanel};
 
 }  // namespace qc

@@ -1,0 +1,8 @@
+// For the x86 kernels with 256-bit vectors.
+#include "attention_functions.h"
+
+namespace qc {
+
+extern const AttentionFunctions kAvx2Attention = {append, attend, merge};
+
+}  // namespace qc

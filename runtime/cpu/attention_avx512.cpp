@@ -1,0 +1,8 @@
+// For the kernels with 512-bit vectors.
+#include "attention_functions.h"
+
+namespace qc {
+
+extern const AttentionFunctions kAvx512Attention = {append, attend, merge};
+
+}  // namespace qc
