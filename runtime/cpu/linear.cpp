@@ -84,7 +84,7 @@ struct Int8Preparation {
   const OutlierSplit& split;
   const InputRows& x;
   LinearJob& job;
-  // One row's quantizer output, a set for every piece of preparation.
+  // The quantizer's output for the rows of a block, a set for every piece of preparation.
   unsigned char* rows_scratch;
   int64_t rows_scratch_bytes, padded_k;
 
@@ -94,15 +94,15 @@ struct Int8Preparation {
   // Rows of one block, quantized and laid side by side.
   void prepare(int64_t block, int64_t piece) const {
     const int64_t R = job.block_rows, segments = job.segments;
-    int8_t* row = reinterpret_cast<int8_t*>(rows_scratch + piece * rows_scratch_bytes);
-    float* row_sa = reinterpret_cast<float*>(row + padded_k);
-    int32_t* row_sums = reinterpret_cast<int32_t*>(row_sa + activation_blocks());
-    int8_t* packed = static_cast<int8_t*>(const_cast<void*>(job.x)) + block * job.x_block_bytes;
+    unsigned char* const scratch = rows_scratch + piece * R * rows_scratch_bytes;
     float* sa = const_cast<float*>(job.sa) + block * segments * R;
     int32_t* sums = const_cast<int32_t*>(job.sums) + block * segments * R;
     const int32_t zero = symmetric_zero(weight.bits) + code_bias(weight.bits);
 
     for (int64_t r = 0; r < R; ++r) {
+      int8_t* row = reinterpret_cast<int8_t*>(scratch + r * rows_scratch_bytes);
+      float* row_sa = reinterpret_cast<float*>(row + padded_k);
+      int32_t* row_sums = reinterpret_cast<int32_t*>(row_sa + activation_blocks());
       const int64_t source = block * R + r;
       bool finite = true;
       if (source < job.rows) {
@@ -110,12 +110,7 @@ struct Int8Preparation {
         finite &= kernels.quantize_row(values, weight.k, activation_block(), job.segment, range, row, row_sa, row_sums);
         std::memset(row + weight.k, 0, size_t(padded_k - weight.k));
       } else {
-        std::memset(rows_scratch + piece * rows_scratch_bytes, 0, size_t(rows_scratch_bytes));
-      }
-      if (R == 1) {
-        std::memcpy(packed, row, size_t(padded_k));
-      } else {
-        for (int64_t k4 = 0; k4 < padded_k / 4; ++k4) std::memcpy(packed + (k4 * R + r) * 4, row + 4 * k4, 4);
+        std::memset(row, 0, size_t(rows_scratch_bytes));
       }
       for (int64_t s = 0; s < segments; ++s) {
         const float scale = row_sa[s * job.segment / activation_block()];
@@ -124,6 +119,23 @@ struct Int8Preparation {
         const uint32_t sum = uint32_t(row_sums[s]);
         sums[s * R + r] = int32_t(weight.zeros ? sum : 0u - uint32_t(zero) * sum);
       }
+    }
+    unsigned char* const packed = static_cast<unsigned char*>(const_cast<void*>(job.x)) + block * job.x_block_bytes;
+    switch (R) {
+      case 1: std::memcpy(packed, scratch, size_t(padded_k)); break;
+      case 4: interleave<4>(scratch, packed); break;
+      case 6: interleave<6>(scratch, packed); break;
+      case 8: interleave<8>(scratch, packed); break;
+      default: interleave<0>(scratch, packed); break;
+    }
+  }
+
+  // Fours of columns of all rows side by side. Rows: of a block, 0 for any number.
+  template <int Rows>
+  void interleave(const unsigned char* from, unsigned char* to) const {
+    const int64_t R = Rows ? Rows : job.block_rows;
+    for (int64_t k = 0; k < padded_k; k += 4) {
+      for (int64_t r = 0; r < R; ++r, to += 4) std::memcpy(to, from + r * rows_scratch_bytes + k, 4);
     }
   }
 };
@@ -242,7 +254,7 @@ bool run_sweep(const Kernels& kernels, const Workers& workers, const Matrix& wei
   const int64_t x_at = parts.add(blocks * job.x_block_bytes);
   const int64_t sa_at = parts.add(integer ? values * 4 : 0);
   const int64_t sums_at = parts.add(integer ? values * 4 : 0);
-  const int64_t rows_at = parts.add(integer ? prepare_pieces * row_bytes : 0);
+  const int64_t rows_at = parts.add(integer ? prepare_pieces * job.block_rows * row_bytes : 0);
   const int64_t gathered_at = parts.add(rows * job.outlier_count * int64_t(sizeof(float)));
   const int64_t copies_at = parts.add(job.outlier_count ? prepare_pieces * weight.k * int64_t(sizeof(float)) : 0);
   const int64_t normed_at = parts.add(extras.edges.norm ? prepare_pieces * weight.k * int64_t(sizeof(float)) : 0);
