@@ -1,0 +1,153 @@
+"""Our attention in place of ONNX Runtime's: which nodes, why others are not, and the body that a stock runtime executes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from qcompiler.lower.own_attention import INPUTS, use_own_attention
+from qcompiler.lower.share_cache import CacheResult
+from qcompiler.ops.onnx_ops import attach_bodies
+from qcompiler.runtime.library import library_path
+from tests.runtime.attention_models import SHARED, Shape, feeds, in_place, model, session
+
+PACKED = Shape(packed=True, rotary=16, positions=True)
+
+
+def ops(found: ir.Model) -> list[str]:
+    return [f"{node.domain}::{node.op_type}" for node in found.graph]
+
+
+def test_the_node_is_replaced_with_all_that_it_had() -> None:
+    found = model(PACKED)
+    (node,) = found.graph
+    before = [value and value.name for value in node.inputs]
+    result = use_own_attention(found, SHARED)
+    assert result.matched == {"packed-rotary-positions": 1} and result.skipped == []
+    (node,) = found.graph
+    assert (node.domain, node.op_type, node.name) == ("ai.qcompiler", "GroupQueryAttention", "att")
+    assert [value and value.name for value in node.inputs] == before
+    assert [value.name for value in node.outputs] == [value.name for value in found.graph.outputs] == ["y", "nk", "nv"]
+    assert node.attributes.get_int("num_heads") == 6 and node.attributes.get_int("do_rotary") == 1
+    (function,) = found.functions.values()
+    call = function[-1]
+    assert (call.domain, call.op_type) == ("com.microsoft", "GroupQueryAttention")
+    assert function.opset_imports["com.microsoft"] == 1 and function.overload == node.overload
+
+
+def test_nodes_of_one_variant_share_a_body_and_others_do_not() -> None:
+    found = model(PACKED)
+    (first,) = found.graph
+    for name, count in (("again", 10), ("plain", 7)):  # the second without what is rotated
+        attributes = {key: a.value for key, a in first.attributes.items()} | {"do_rotary": int(count == 10)}
+        found.graph.append(
+            ir.node(first.op_type, first.inputs[:count], attributes, domain=first.domain, num_outputs=3, name=name)
+        )
+    result = use_own_attention(found, SHARED)
+    assert result.matched == {"packed": 1, "packed-rotary-positions": 2}
+    assert {key[2] for key in found.functions} == {"packed", "packed-rotary-positions"}
+
+
+@pytest.mark.parametrize(
+    "attributes, reason",
+    [
+        ({"softcap": 30.0}, "attribute softcap = 30.0"),
+        ({"smooth_softmax": 1}, "attribute smooth_softmax = 1"),
+        ({"causal": 0}, "attribute causal = 0"),
+        ({"kv_cache_bit_width": 8}, "attribute kv_cache_bit_width = 8"),
+    ],
+)
+def test_what_our_op_does_not_have_stays(attributes: dict[str, Any], reason: str) -> None:
+    found = model(PACKED, **attributes)
+    result = use_own_attention(found, SHARED)
+    assert result.matched == {} and result.skipped == [{"node": "att", "reason": reason}]
+    assert ops(found) == ["com.microsoft::GroupQueryAttention"] and not found.functions
+
+
+def test_defaults_that_are_spelled_out_do_not_matter() -> None:
+    found = model(PACKED, softcap=0.0, smooth_softmax=0, causal=1)
+    assert use_own_attention(found, SHARED).matched
+    assert not {"softcap", "smooth_softmax", "causal"} & found.graph[0].attributes.keys()
+
+
+def test_another_input_stays() -> None:
+    found = model(PACKED)
+    (node,) = found.graph
+    sink = ir.Value(name="sink", shape=ir.Shape([6]), type=ir.TensorType(ir.DataType.FLOAT))
+    found.graph.inputs.append(sink)
+    node.resize_inputs(12)
+    node.replace_input_with(11, sink)
+    assert use_own_attention(found, SHARED).skipped[0]["reason"] == "input 11 (sink)"
+
+
+def test_a_cache_that_grows_stays() -> None:
+    found = model(PACKED)
+    result = use_own_attention(found, CacheResult("growing", reason="Concat reads it"))
+    assert result.skipped == [{"node": "att", "reason": "the cache is not shared: Concat reads it"}]
+
+
+def test_a_cache_of_another_type_stays() -> None:
+    found = model(PACKED)
+    next(v for v in found.graph.inputs if v.name == "pk").type = ir.TensorType(ir.DataType.FLOAT16)
+    assert "FLOAT16" in use_own_attention(found, SHARED).skipped[0]["reason"]
+
+
+def test_a_recipe_may_leave_it() -> None:
+    found = model(PACKED)
+    result = use_own_attention(found, SHARED, wanted=False)
+    assert result.skipped == [{"node": "att", "reason": "the recipe says own_attention: false"}]
+
+
+def test_bodies_of_weights_may_be_attached_again() -> None:
+    found = model(PACKED)
+    use_own_attention(found, SHARED)
+    assert attach_bodies(found) == {} and len(found.functions) == 1
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        PACKED,
+        Shape(),
+        Shape(rotary=16, bias=1),
+        Shape(packed=True, rotary=16, positions=True, bias=6),
+        Shape(window=9, scale=0.4),
+        Shape(packed=True, rotary=16, interleaved=1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("past, rows", [(0, 1), (0, 20), (7, 1), (33, 5)])
+def test_the_body_is_onnx_runtime_s_op_and_our_op_is_near_it(shape: Shape, past: int, rows: int) -> None:
+    own = model(shape)
+    assert use_own_attention(own, SHARED).matched
+    given = feeds(shape, past, rows)
+    stock = in_place(session(model(shape)), given)
+    for found, expected in zip(in_place(session(own), given), stock, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    for found, expected in zip(in_place(session(own, library=True), given), stock, strict=True):
+        assert np.abs(found - expected).max() <= 1e-5
+
+
+def test_without_body_and_library_it_is_refused(tmp_path: Path) -> None:
+    own = model(PACKED)
+    use_own_attention(own, SHARED)
+    own.functions.clear()
+    with pytest.raises(Exception, match=r"ai\.qcompiler"):
+        session(own)
+
+
+def test_every_input_of_onnx_runtime_s_op_that_we_name_has_its_name() -> None:
+    """In the order of its schema: the names are those of the body, and of error messages."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    (schema,) = (s for s in state.get_all_operator_schema() if s.name == "GroupQueryAttention")
+    assert tuple(i.name for i in schema.inputs)[: len(INPUTS)] == INPUTS
+
+
+def test_the_library_has_it() -> None:
+    assert library_path().is_file() and "CPUExecutionProvider" in ort.get_available_providers()
