@@ -7,7 +7,9 @@ encoder-decoder class, a small model is made (`tiny_configurations.py`), and in 
   exporter   the unmodified exporter of transformers traces the decode step of its own decomposition (decoders) or the
              forward pass (others); measured on its own where the capture fails, else it was traced within the capture
   captured   `prepare` and the exporter give a graph that computes what the model computes: for decoders in pieces of
-             1, 6, 1, 5 and 1 tokens, for encoders at other batches and lengths than it was traced with
+             1, 6, 1, 5 and 1 tokens, without a cache at the lengths 1, 2, 7, 14, 40 and 63, for encoders at other batches and
+             lengths than it was traced with, for encoder-decoders at other lengths of both texts; of models that take more
+             than text the text path alone
   compiled   `qcompiler compile` with recipe int4 (nothing is required to be covered), and a session computes what the
              fake-quantized torch graph computes: within 1e-4 of the largest output with float activations
 """
@@ -28,8 +30,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+from transformers.exporters.configs import ExportFormat  # noqa: E402
+from transformers.exporters.quantizers.base import ExportQuantizer  # noqa: E402
+
 PARITY, LOWERED = 1e-4, 1e-4  # relative to the largest output
 PIECES = (1, 6, 1, 5, 1)
+LENGTHS = (1, 2, 7, 14, 40, 63)  # of whole texts
+PAIRS = ((1, 1), (2, 9), (5, 2), (14, 33), (40, 5), (63, 63))  # of an encoder's and a decoder's text
 
 
 def main() -> int:
@@ -153,7 +160,7 @@ def _survey(name: str, class_name: str, form: str, compiles: bool, tell: Any) ->
         tell(built=True, text=_takes_text(model))
         stage = "captured"
         made = _capture(model, form)
-        tell(captured=True, exporter=True, step=_step(made))
+        tell(captured=True, exporter=True, step=_step(made), **_how(made.prepared))
         if not compiles:
             return
         stage = "compiled"
@@ -180,6 +187,13 @@ def _step(made: Any) -> str:
     return "any number" if step is None else f"{step} tokens" if step > 1 else "one token"
 
 
+def _how(prepared: Any) -> dict[str, Any]:
+    """The form, where it is not what the kind of model says."""
+    found = {"captured_as": prepared.kind, "whole_text": prepared.whole, "left_out": sorted(prepared.left_out)}
+    found |= {"longest": prepared.longest, "shortest": prepared.shortest if prepared.shortest > 1 else None}
+    return {key: value for key, value in found.items() if value}
+
+
 def _reason(error: BaseException) -> str:
     while error.__cause__ is not None and not hasattr(error, "exit_code"):
         error = error.__cause__
@@ -201,13 +215,15 @@ def _exporter(model: Any, form: str) -> str | bool:
         try:
             if form == "encoder":
                 part, inputs = model, {"input_ids": torch.arange(3, 13).reshape(2, 5)}
+            elif form == "encoder-decoder":
+                part, inputs = model, {**request, "decoder_input_ids": torch.arange(7, 14)[None]}
             else:
                 part, inputs = decompose_for_generation(model, request, multi_token_decode=many)["decode"]
             DynamoExporter().export(part, inputs, DynamoConfig(dynamic=True))
-            return "forward" if form == "encoder" else "many tokens" if many else "one token"
+            return "forward" if form.startswith("encoder") else "many tokens" if many else "one token"
         except Exception as error:
             failure = failure or error
-            if form == "encoder":
+            if form.startswith("encoder"):
                 break
     assert failure is not None
     raise failure
@@ -222,10 +238,15 @@ def _capture(model: Any, form: str) -> Any:
     from qcompiler.capture.prepare import prepare
     from tests.captures import ANALYSE, NORMALISE, Analysed, Stepper, relative_error, run
 
-    prepared = prepare(model)
+    prepared = prepare(model, text_only=True)
     graph = captured(prepared)
     reports = run(graph, NORMALISE) | run(graph, ANALYSE)
     generator = torch.Generator().manual_seed(2)
+    if prepared.kind == "encoder-decoder" or prepared.whole is not None:
+        prepared.export_torch(_Nothing())  # finds out which lengths it is right for, refuses those that the model's code fixes
+        for lengths in PAIRS if prepared.kind == "encoder-decoder" else [(n,) for n in LENGTHS]:
+            _compare_texts(model, graph, prepared, lengths, generator)
+        return Analysed(model, prepared, graph, reports, {})
     if prepared.kind == "decoder":
         tokens = torch.randint(3, _vocabulary(model), (1, sum(PIECES)), generator=generator)
         with torch.no_grad():
@@ -256,6 +277,45 @@ def _capture(model: Any, form: str) -> Any:
     return Analysed(model, prepared, graph, reports, {})
 
 
+class _Nothing(ExportQuantizer):
+    """Changes nothing: what an exporter asks of a graph before it is quantized is asked."""
+
+    quantizes_fx_graph = True
+    supported_formats = (ExportFormat.ONNX, ExportFormat.DYNAMO)
+
+    def quantize(self, model: Any, sample_inputs: dict[str, Any], export_format: Any) -> Any:
+        return model
+
+
+def _compare_texts(model: Any, graph: Any, prepared: Any, lengths: tuple[int, ...], generator: Any) -> None:
+    """Whole texts of these lengths through the graph and the model; what is shorter than the graph takes is filled up."""
+    import torch
+
+    from tests.captures import relative_error
+
+    if max(lengths) > (prepared.longest or max(lengths)):
+        return
+    names = [name for name in prepared.inputs if "mask" not in name]
+    given, filled = {}, {}
+    for name, length in zip(names, lengths, strict=True):
+        given[name] = torch.randint(3, _vocabulary(model), (1, length), generator=generator)
+        missing = max(prepared.shortest - length, 0)
+        filled[name] = torch.nn.functional.pad(given[name], (0, missing))
+        if name == "input_ids" and "attention_mask" in prepared.inputs:
+            given["attention_mask"] = torch.ones_like(given[name])
+            if length > 9:
+                given["attention_mask"][:, 9:] = 0
+            filled["attention_mask"] = torch.nn.functional.pad(given["attention_mask"], (0, missing))
+    with torch.no_grad():
+        found = graph.module(**{name: filled[name] for name in prepared.inputs})
+        expected = prepared.module(**given, **prepared.switches)
+    kept = lengths[-1]
+    name = "logits" if "logits" in expected else "last_hidden_state"
+    error = relative_error({"x": found[name][:, :kept]}, {"x": expected[name]})
+    if not error <= PARITY:
+        raise AssertionError(f"texts of {lengths} tokens: differs from the model by {error:.2g}")
+
+
 def _pieces(prepared: Any) -> tuple[int, ...]:
     """`PIECES`, each in steps of the size that the graph takes."""
     size = prepared.step or max(PIECES)
@@ -282,13 +342,14 @@ def _compile(made: Any, folder: Path, form: str) -> dict[str, Any]:
     import qcompiler
     from qcompiler import recipe as recipes
     from qcompiler.capture.feeds import arguments
+    from qcompiler.capture.feeds import feed as feeds
     from qcompiler.recipe import Allow
     from qcompiler.runtime.session import Session
     from tests.captures import Stepper, relative_error
     from tests.pipeline.rewire import float_artifact
     from tests.pipeline.test_architectures import FakeQuantized
 
-    recipe = replace(recipes.load("int4"), allow=Allow(min_coverage=0))
+    recipe = replace(recipes.load("int4"), allow=Allow(min_coverage=0, fallbacks=1, text_only=True))
     result = qcompiler.compile(made.model, output=folder / "out", recipe=recipe, samples=0)
     fake = FakeQuantized(made, result.quantizer.context.solutions, result.quantizer.context.schemes, True)
     session = Session(float_artifact(folder / "out", folder / "float"), threads=1)
@@ -305,7 +366,16 @@ def _compile(made: Any, folder: Path, form: str) -> dict[str, Any]:
         found = fake.run(*leaves)
         return _pytree.tree_unflatten(_pytree.tree_leaves(found), made.graph.module._out_spec) if spec else found
 
-    if made.prepared.kind == "decoder":
+    if made.prepared.kind == "encoder-decoder" or made.prepared.whole is not None:
+        ids = torch.from_numpy(tokens[None])
+        given = feeds(made.prepared, ids)
+        with torch.no_grad():
+            expected = next(iter(_leaves(module(**given)).values()))[0].numpy()
+        if "decoder_input_ids" in given:
+            session.read(tokens)
+        found = session.logits(given.get("decoder_input_ids", ids)[0].numpy())
+        error = float(np.abs(found - expected).max() / np.abs(expected).max())
+    elif made.prepared.kind == "decoder":
         step = Stepper(module, made.prepared)
         expected = []
         for new in _pieces(made.prepared):

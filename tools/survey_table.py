@@ -29,8 +29,13 @@ OUTCOMES = (
 
 
 def _limited(result: dict[str, Any]) -> str:
+    """What a user of the type meets, in brackets: how many tokens at once, which form in place of the usual one."""
     step = result.get("step", "any number")
-    return "" if step == "any number" or result["form"] != "decoder" else f" ({step} a step)"
+    found = [f"{step} a step"] if step != "any number" and result["form"] == "decoder" else []
+    found += ["whole text"] if result.get("whole_text") else []
+    found += [f"at most {result['longest']} tokens"] if result.get("longest") else []
+    found += ["text path alone"] if result.get("left_out") else []
+    return f" ({', '.join(found)})" if found else ""
 
 
 def _cell(reason: str) -> str:

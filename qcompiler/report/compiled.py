@@ -68,6 +68,8 @@ def form_lines(manifest: Mapping[str, Any]) -> list[str]:
         lines.append(f"cache       none: {whole.get('reason')}; every token costs the whole text before it once more")
         if whole.get("causal") is False:
             lines.append("logits      later tokens change those of earlier ones: only the last predict")
+    if manifest.get("kind") == "encoder-decoder":
+        lines.append("cache       none: encoder and decoder are one graph; every token costs both texts once more")
     if left := manifest.get("left_out"):
         named = ", ".join(f"{name} ({tables.size(size)})" for name, size in left.items())
         lines.append(f"left out    the text path alone was compiled, without {named}")

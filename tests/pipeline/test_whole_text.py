@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +18,13 @@ from transformers.pytorch_utils import Conv1D
 
 import qcompiler
 from qcompiler import recipe as recipes
+from qcompiler.artifact.manifest import seal
 from qcompiler.capture.feeds import feed
 from qcompiler.capture.prepare import prepare
+from qcompiler.emit import _limits
 from qcompiler.errors import CapacityError, GateError, UnsupportedError
 from qcompiler.evaluate.evaluation import evaluate
+from qcompiler.evaluate.targets import open_target
 from qcompiler.recipe import Allow
 from qcompiler.report.compiled import compiled_document
 from qcompiler.report.inspect import inspect_artifact
@@ -70,6 +76,13 @@ def keeping() -> transformers.PreTrainedModel:
 @functools.cache
 def compiled(folder: str, target: str) -> qcompiler.CompileResult:
     return qcompiler.compile(without_cache().model, output=Path(folder) / target, recipe=RECIPE, target=target, samples=0)
+
+
+class Letters:
+    """A tokenizer of letters."""
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return [3 + ord(letter) % 90 for letter in text]
 
 
 RECIPE = replace(recipes.load("int4-weights"), allow=Allow(min_coverage=0))
@@ -128,6 +141,7 @@ def test_generation_is_the_models_own_greedy_text(folder: str) -> None:
     assert [token.id for token in generation] == expected[0, len(prompt) :].tolist()
 
 
+@pytest.mark.slow
 def test_the_torch_target_computes_the_same(folder: str) -> None:
     tokens = np.random.default_rng(1).integers(3, VOCABULARY, 12)
     logits = []
@@ -145,6 +159,37 @@ def test_a_text_beyond_the_context_is_refused_and_the_session_stays_usable(folde
     with pytest.raises(CapacityError, match="the model's context is 64"):
         session.step(5)
     assert session.length == 64
+
+
+def limited(artifact: Path, target: Path, **limits: Any) -> Session:
+    """A copy of an artifact whose manifest says what its graph is not right for."""
+    shutil.copytree(artifact, target)
+    manifest = json.loads((target / "manifest.json").read_bytes())
+    (target / "manifest.json").write_bytes(seal(manifest | limits))
+    return Session(target, threads=1)
+
+
+def test_a_text_shorter_than_the_graph_takes_is_filled_up(folder: str, tmp_path: Path) -> None:
+    artifact = compiled(folder, "onnx").path
+    session, filling = Session(artifact, threads=1), limited(artifact, tmp_path / "short", shortest=8)
+    fed = []
+    run_graph = filling._outputs
+    filling.decoder._run = lambda given: fed.append(given["input_ids"].shape[1]) or run_graph(given)  # type: ignore[attr-defined]
+    tokens = np.random.default_rng(2).integers(3, VOCABULARY, 9)
+    for given in (tokens[:3], tokens[3:4], tokens[4:]):
+        np.testing.assert_allclose(filling.prefill(given), session.prefill(given), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(filling.logits(tokens[:5]), session.logits(tokens[:5]), rtol=1e-5, atol=1e-6)
+    assert fed == [8, 8, 9, 8]
+
+
+def test_a_text_longer_than_the_graph_is_right_for_is_refused(folder: str, tmp_path: Path) -> None:
+    session = limited(compiled(folder, "onnx").path, tmp_path / "long", longest=10)
+    session.prefill(np.full(10, 5))
+    with pytest.raises(CapacityError, match="11 tokens are more than the 10 that .* was compiled for"):
+        session.step(5)
+    text = tmp_path / "text"
+    text.write_text("The quick brown fox jumps over the lazy dog. ")
+    assert evaluate(session, text=[text], tokenizer=Letters())["context"] == 10
 
 
 def test_a_cache_that_no_graph_can_carry_is_a_fallback_that_has_to_be_allowed(tmp_path: Path) -> None:
@@ -165,10 +210,6 @@ def test_a_cache_that_no_graph_can_carry_is_a_fallback_that_has_to_be_allowed(tm
 
 
 def test_evaluation_sees_a_language_model(folder: str, tmp_path: Path) -> None:
-    class Letters:
-        def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-            return [3 + ord(letter) % 90 for letter in text]
-
     text = tmp_path / "text"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 4)
     result = evaluate(
@@ -185,15 +226,13 @@ class LooksAhead(transformers.OpenAIGPTLMHeadModel):
         return super().forward(inputs_embeds=embedded + embedded[:, -1:], **kwargs)
 
 
-def test_a_model_whose_later_tokens_change_earlier_logits_is_no_language_model_to_evaluation(tmp_path: Path) -> None:
+def test_a_model_whose_later_tokens_change_earlier_logits_is_no_language_model_to_evaluation(folder: str, tmp_path: Path) -> None:
     model = build(LooksAhead, transformers.OpenAIGPTConfig(**SIZES))
     prepared = prepare(model)
     assert not prepared.causal and any("later tokens change the logits of earlier ones" in note for note in prepared.notes)
-    result = qcompiler.compile(model, output=tmp_path / "out", recipe=RECIPE, samples=0)
-    assert result.manifest["whole_text"]["causal"] is False
-    from qcompiler.evaluate.targets import open_target
-
-    assert open_target(Session(result.path)).causal is False
+    found = _limits(prepared)["extra"]
+    assert found["whole_text"] == {"reason": "the model has no cache", "causal": False}
+    assert open_target(limited(compiled(folder, "onnx").path, tmp_path / "ahead", **found)).causal is False
 
 
 class Otherwise(transformers.OpenAIGPTLMHeadModel):
