@@ -206,7 +206,7 @@ bool run_pieces(const Workers& workers, const Kernels& kernels, LinearFunction p
   const int64_t most_bytes = job.rows <= kFewRows ? kStreamBytes : kPieceBytes;
   int64_t tiles_per_piece = std::clamp<int64_t>(tiles / wanted, 1, std::max<int64_t>(most_bytes / tile_bytes, 1));
   // A panel stays in the cache whatever the piece.
-  if (panel) tiles_per_piece = ceil_div(std::clamp<int64_t>(tiles / (2 * wanted), 1, kPanelsPiece), kPanelTiles) * kPanelTiles;
+  if (panel) tiles_per_piece = ceil_div(std::clamp<int64_t>(tiles / (4 * wanted), 1, kPanelsPiece), kPanelTiles) * kPanelTiles;
   const int64_t tile_pieces = ceil_div(tiles, tiles_per_piece);
   const int64_t row_cuts = tile_pieces < wanted ? std::min(blocks, ceil_div(wanted, tile_pieces)) : 1;
   const int64_t blocks_per_piece = ceil_div(blocks, row_cuts);
