@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from typing import Any, cast
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import GenerationConfig, PreTrainedModel
 
 from qcompiler.capture.export import last_message
@@ -37,14 +39,18 @@ def prepare_encoder_decoder(model: PreTrainedModel) -> Prepared:
     begin = torch.arange(7, 7 + _DECODER_LENGTH).remainder(vocabulary)[None]
     inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": begin}
     axes = {name: {1: "decoder_length" if name.startswith("decoder") else "length"} for name in inputs}
+    switches = {"use_cache": False, "return_dict": True}
+    module = _result_alone(model, description)
+    if _asks_the_tokens(module, inputs | switches) and "decoder_attention_mask" in inspect.signature(model.forward).parameters:
+        module = _result_alone(model, description, masked=True)
     prepared = Prepared(
-        module=_result_alone(model, description),
+        module=module,
         inputs=inputs,
         dynamic_shapes={name: {1: torch.export.Dim.AUTO} for name in inputs},
         kind="encoder-decoder",
         description=description,
         axes=axes,
-        switches={"use_cache": False, "return_dict": True},
+        switches=switches,
         notes=["encoder and decoder are one graph without a cache: every token that is generated costs both texts once more"],
         start=start,
     )
@@ -67,13 +73,32 @@ def start_token(model: PreTrainedModel) -> int | None:
     return None
 
 
-def _result_alone(model: PreTrainedModel, description: str) -> PreTrainedModel:
-    """A shallow copy that gives its first result alone: what the encoder made is no output that anybody reads."""
+def _asks_the_tokens(module: torch.nn.Module, arguments: dict[str, Any]) -> bool:
+    """Whether the way through the model depends on which tokens it is given, such as whether padding is among them."""
+    with Quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        fake = {n: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
+        try:
+            module(**fake)
+        except DataDependentOutputException:
+            return True
+        except Exception:  # whatever else is wrong is found out, and said, when it is run and traced
+            return False
+    return False
+
+
+def _result_alone(model: PreTrainedModel, description: str, masked: bool = False) -> PreTrainedModel:
+    """A shallow copy that gives its first result alone: what the encoder made is no output that anybody reads.
+
+    Args:
+        masked: tell it that every token of the decoder's text counts, which some find out from the tokens themselves.
+    """
     part = copy.copy(model)
     forward = model.forward
 
     @functools.wraps(forward)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if masked:
+            kwargs["decoder_attention_mask"] = torch.ones_like(kwargs["decoder_input_ids"])
         output = forward(*args, **kwargs)
         name = next((name for name in _RESULTS if output.get(name) is not None), None)
         if name is None:

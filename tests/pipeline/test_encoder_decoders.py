@@ -213,6 +213,27 @@ def test_one_without_a_head_gives_its_decoders_states(tmp_path: Path) -> None:
         session.read(ids[0].numpy())
 
 
+class Asking(transformers.BartForConditionalGeneration):
+    """Looks for padding among the decoder's tokens where it is not told which of them count."""
+
+    def forward(self, input_ids=None, decoder_input_ids=None, decoder_attention_mask=None, **kwargs):
+        if decoder_attention_mask is None and (decoder_input_ids == self.config.pad_token_id).any():
+            decoder_attention_mask = (decoder_input_ids != self.config.pad_token_id).long()
+        return super().forward(
+            input_ids, decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask, **kwargs
+        )
+
+
+def test_a_model_that_looks_for_padding_is_told_that_every_token_counts() -> None:
+    torch.manual_seed(0)
+    model = Asking(transformers.BartConfig(**BART)).eval()
+    ids, begin = texts(9, 5)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": begin}
+    with torch.no_grad():
+        found, expected = captured(prepare(model)).module(**given).logits, model(**given).logits
+    assert relative_error({"x": found}, {"x": expected}) < 1e-5
+
+
 class Otherwise(transformers.BartForConditionalGeneration):
     """Generates from another text than it is given."""
 
