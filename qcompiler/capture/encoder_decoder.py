@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from qcompiler.capture.export import last_message
 from qcompiler.capture.prepared import Prepared
 from qcompiler.capture.quiet import Quiet
+from qcompiler.capture.unchanged import unchanged
 from qcompiler.errors import UnsupportedError
 
 # Unlike each other, so that the tracer does not take both lengths for the same one; see `whole` for why so long.
@@ -41,7 +42,9 @@ def prepare_encoder_decoder(model: PreTrainedModel) -> Prepared:
     axes = {name: {1: "decoder_length" if name.startswith("decoder") else "length"} for name in inputs}
     switches = {"use_cache": False, "return_dict": True}
     module = _result_alone(model, description)
-    if _asks_the_tokens(module, inputs | switches) and "decoder_attention_mask" in inspect.signature(model.forward).parameters:
+    with unchanged(model):
+        asks = _asks_the_tokens(module, inputs | switches)
+    if asks and "decoder_attention_mask" in inspect.signature(model.forward).parameters:
         module = _result_alone(model, description, masked=True)
     prepared = Prepared(
         module=module,
@@ -112,9 +115,8 @@ def _result_alone(model: PreTrainedModel, description: str, masked: bool = False
 def _differs(model: PreTrainedModel, prepared: Prepared) -> str | None:
     """What is wrong with two texts: the logits after the decoder's start must be those that the model generates from."""
     ids, start = prepared.inputs["input_ids"], prepared.start
-    own = getattr(model, "generation_config", None)
     try:
-        with Quiet(), torch.no_grad():
+        with Quiet(), torch.no_grad(), unchanged(model):
             begin = torch.full((1, 1), start or 0)
             given = {"input_ids": ids, "attention_mask": prepared.inputs["attention_mask"], "decoder_input_ids": begin}
             found = prepared.module(**given, **prepared.switches)
@@ -131,9 +133,6 @@ def _differs(model: PreTrainedModel, prepared: Prepared) -> str | None:
         raise
     except Exception as error:
         return f"it cannot be run on two texts: {last_message(error)}"
-    finally:
-        if own is not None:
-            model.generation_config = own
     logits = found.logits
     difference = (logits[:, -1] - generated.logits[0]).abs().max() / logits.abs().max()
     if difference <= _SAME or not logits.any():

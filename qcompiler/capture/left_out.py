@@ -8,6 +8,7 @@ import torch
 
 from qcompiler.capture.prepared import Prepared
 from qcompiler.capture.quiet import Quiet
+from qcompiler.capture.unchanged import unchanged
 
 
 def left_out(prepared: Prepared) -> dict[str, int]:
@@ -22,7 +23,7 @@ def left_out(prepared: Prepared) -> dict[str, int]:
 
     handles = [module.register_forward_pre_hook(note) for module in prepared.module.modules()]
     try:
-        with Quiet(), torch.no_grad():
+        with Quiet(), torch.no_grad(), unchanged(prepared.module):
             prepared.module(**prepared.arguments())
     finally:
         for handle in handles:

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from qcompiler.capture.export import last_message
 from qcompiler.capture.prepared import Prepared
 from qcompiler.capture.quiet import Quiet
+from qcompiler.capture.unchanged import unchanged
 from qcompiler.errors import UnsupportedError
 from qcompiler.pipeline.passes import Skip
 
@@ -71,16 +72,14 @@ def _tokens(model: PreTrainedModel) -> torch.Tensor:
 def _differs(model: PreTrainedModel, prepared: Prepared) -> str | None:
     """What is wrong with the whole text: the logits after its last token must be those that the model generates from."""
     ids = prepared.inputs["input_ids"]
-    own = model.generation_config
-    model.generation_config = GenerationConfig(do_sample=False, use_cache=False, bos_token_id=0, pad_token_id=0)
+    settings = GenerationConfig(do_sample=False, use_cache=False, bos_token_id=0, pad_token_id=0)
     try:
-        with Quiet(), torch.no_grad():
+        with Quiet(), torch.no_grad(), unchanged(model):
+            model.generation_config = settings
             found = model(input_ids=ids, **prepared.switches).logits
             generated: Any = cast(Any, model).generate(ids, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
     except Exception as error:
         return f"it cannot be run on a whole text: {last_message(error)}"
-    finally:
-        model.generation_config = own
     if found.dim() != 3 or found.shape[:2] != ids.shape:
         return f"its logits are {list(found.shape)}; expected [1, {_LENGTH}, vocabulary]"
     difference = (found[:, -1] - generated.logits[0]).abs().max() / found.abs().max()
@@ -92,6 +91,6 @@ def _differs(model: PreTrainedModel, prepared: Prepared) -> str | None:
 def _looks_ahead(prepared: Prepared) -> float:
     """How much later tokens change the logits of earlier ones, of the largest."""
     ids = prepared.inputs["input_ids"]
-    with Quiet(), torch.no_grad():
+    with Quiet(), torch.no_grad(), unchanged(prepared.module):
         whole, part = (prepared.module(input_ids=given, **prepared.switches).logits for given in (ids, ids[:, : _LENGTH // 2]))
     return float((whole[:, : part.shape[1]] - part).abs().max() / whole.abs().max().clamp_min(1e-30))

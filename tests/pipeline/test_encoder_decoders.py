@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from transformers.exporters.configs import ExportFormat
+from transformers.exporters.quantizers.base import ExportQuantizer
 
 import qcompiler
 from qcompiler import recipe as recipes
@@ -232,6 +234,35 @@ def test_a_model_that_looks_for_padding_is_told_that_every_token_counts() -> Non
     with torch.no_grad():
         found, expected = captured(prepare(model)).module(**given).logits, model(**given).logits
     assert relative_error({"x": found}, {"x": expected}) < 1e-5
+
+
+class Switching(transformers.BartForConditionalGeneration):
+    """Computes short texts in another way than long ones, and goes on so once it has seen a short one."""
+
+    short = False
+
+    def forward(self, input_ids=None, decoder_input_ids=None, **kwargs):
+        # The text itself is not given again with what the encoder made of it.
+        self.short = self.short or input_ids is None or input_ids.shape[1] <= 30
+        output = super().forward(input_ids, decoder_input_ids=decoder_input_ids, **kwargs)
+        return output if self.short else type(output)(logits=-output.logits)
+
+
+class Untouched(ExportQuantizer):
+    quantizes_fx_graph = True
+    supported_formats = (ExportFormat.DYNAMO,)
+
+    def quantize(self, model, sample_inputs, export_format):
+        return model
+
+
+def test_a_model_that_switches_over_is_right_for_the_texts_that_were_traced_alone() -> None:
+    torch.manual_seed(0)
+    model = Switching(transformers.BartConfig(**BART)).eval()
+    prepared = prepare(model)
+    assert not model.short
+    prepared.export_torch(Untouched())
+    assert prepared.longest == 30
 
 
 class Otherwise(transformers.BartForConditionalGeneration):
