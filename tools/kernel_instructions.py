@@ -56,12 +56,13 @@ DECODERS = ("Pairs16", "Single<3>", "Single<4>", "Pairs<32>", "Pairs<64>", "Vect
 VBMI_DECODERS = ("Pairs16", "Pairs32", "Pairs64", "Single16")
 VBMI_LARGE = ("Vectors256<2>", "Vectors256<4>")
 LEVELS = r"tile_int8<(\d)\b"
+ATTENTION = ("attend", "add_columns")
 BOOKS = r"tile_(?:vq_)?int8<(\w+(?:<\d+>)?), \d"
 
 X86 = (
     # What runs before a CPU is known, and on all of them.
-    claim(r"(?!avx|edges_avx)[\w/]+", lacks="VEX EVEX"),
-    claim(r"(avx2|avx2vnni/avxvnni)/\w+|edges_avx2", lacks="EVEX"),
+    claim(r"(?!avx|edges_avx|attention_avx)[\w/]+", lacks="VEX EVEX"),
+    claim(r"(avx2|avx2vnni/avxvnni)/\w+|(edges|attention)_avx2", lacks="EVEX"),
     claim(r"avx2/linear_int8", r"\bhalves<|tile_int8<(\d)\b", BITS, has="vpmaddubsw/VEX", lacks="vpdpbusd"),
     claim(r"avx2/vq_int8", BOOKS, DECODERS, has="vpmaddubsw/VEX vpshufb/VEX", lacks="vpdpbusd"),
     claim(r"avx2vnni/avxvnni/linear_int8", LEVELS, BITS, has="vpdpbusd/VEX", lacks="vpmaddubsw"),
@@ -72,7 +73,7 @@ X86 = (
     claim(r"avx2vnni/avx512vl/vq_int8", BOOKS, DECODERS, has="vpdpbusd/EVEX vpshufb", lacks="vpmaddubsw"),
     claim(r"avx512/linear_int8", LEVELS, BITS, has="vpdpbusd/zmm", lacks="vpmaddubsw"),
     claim(r"avx512/vq_int8", BOOKS, DECODERS, has="vpdpbusd/zmm vpshufb/zmm|vpermi2w/zmm|vpermt2w/zmm|vpermw/zmm"),
-    claim(r"(avx512/\w+|edges_avx512)", lacks="vpermb vpermi2b vpermt2b vpmultishiftqb"),
+    claim(r"(avx512/\w+|(edges|attention)_avx512)", lacks="vpermb vpermi2b vpermt2b vpmultishiftqb"),
     claim(r"avx512vbmi/vq_int8", r"tile_int8<((?!Vectors)\w+), \d", VBMI_DECODERS, has="vpdpbusd/zmm vpermb/zmm"),
     claim(r"avx512vbmi/vq_int8", r"tile_int8<(Vectors256<\d>), \d", VBMI_LARGE, has="vpdpbusd/zmm vpermi2b/zmm|vpermt2b/zmm"),
     claim(r"avx512vbmi/vq_float", r"tile_float<((?!Vectors)\w+), \d", VBMI_DECODERS, has="vpermb/zmm vfmadd231ps/zmm"),
@@ -81,6 +82,9 @@ X86 = (
     claim(r"avx2vnni/avx512vl/panel", r"multiply_block<Half, (\d)", ("5", "6"), has="vpdpbusd/EVEX", lacks="vpmaddubsw"),
     claim(r"avx512/panel", r"multiply_block<Wide, (\d)", ("4", "6", "8"), has="vpdpbusd/zmm", lacks="vpmaddubsw"),
     claim(r"avx512/linear_float", r"tile_float<(\d)\b", BITS, has="vfmadd231ps/zmm"),
+    # Scores, and products with the values.
+    claim(r"attention_avx2", r"(attend|add_columns)\b", ATTENTION, has="vfmadd231ps/VEX|vfmadd213ps/VEX"),
+    claim(r"attention_avx512", r"(attend|add_columns)\b", ATTENTION, has="vfmadd231ps/zmm|vfmadd213ps/zmm"),
 )
 
 ARM = (

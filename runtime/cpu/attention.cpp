@@ -32,6 +32,17 @@ int64_t blocks_from(const qc_attention_call& c) {
 
 int64_t blocks_to(const AttentionJob& job, int64_t row_end) { return ceil_div(job.call.past + row_end, kAttentionBlock); }
 
+// Within memory of the thread that runs it; clears `whole` where there is none.
+void attend(const AttentionFunctions& functions, const AttentionJob& job, int64_t kv_head, int64_t begin, int64_t end, int64_t block,
+            int64_t block_end, float* states, std::atomic<bool>& whole) {
+  const ScratchLease lease(size_t(functions.memory(job, end - begin)) * sizeof(float));
+  if (lease.data()) {
+    functions.attend(job, kv_head, begin, end, block, block_end, reinterpret_cast<float*>(lease.data()), states);
+  } else {
+    whole.store(false, std::memory_order_relaxed);
+  }
+}
+
 // One piece a kv head and some rows; the last rows, which see the most, first.
 bool attend_rows(const AttentionFunctions& functions, const Workers& workers, const AttentionJob& job) {
   const qc_attention_call& c = job.call;
@@ -45,9 +56,8 @@ bool attend_rows(const AttentionFunctions& functions, const Workers& workers, co
   workers.run(c.kv_heads * pieces, [&](int64_t index) {
     const int64_t piece = pieces - 1 - index / c.kv_heads, row = piece * step, end = std::min(c.rows, row + step);
     const int64_t from = c.window > 0 ? std::max<int64_t>(0, c.past + row - c.window + 1) / kAttentionBlock : 0;
-    if (!functions.attend(job, index % c.kv_heads, row * job.group, end * job.group, from, blocks_to(job, end), nullptr)) {
-      whole.store(false, std::memory_order_relaxed);
-    }
+    const int64_t first = row * job.group, last = end * job.group;
+    attend(functions, job, index % c.kv_heads, first, last, from, blocks_to(job, end), nullptr, whole);
   });
   return whole.load();
 }
@@ -55,7 +65,7 @@ bool attend_rows(const AttentionFunctions& functions, const Workers& workers, co
 // One piece a kv head and some blocks of positions, for few rows and a long past.
 bool attend_blocks(const AttentionFunctions& functions, const Workers& workers, const AttentionJob& job, int64_t from) {
   const qc_attention_call& c = job.call;
-  const int64_t rows = c.rows * job.group, all = job.blocks * rows * attention_state_floats(job);
+  const int64_t rows = c.rows * job.group, all = job.blocks * rows * job.state;
   const ScratchLease lease(size_t(c.kv_heads * all) * sizeof(float));
   if (!lease.data()) return false;
   float* states = reinterpret_cast<float*>(lease.data());
@@ -65,7 +75,7 @@ bool attend_blocks(const AttentionFunctions& functions, const Workers& workers, 
   workers.run(c.kv_heads * pieces, [&](int64_t index) {
     const int64_t head = index % c.kv_heads, block = from + index / c.kv_heads * step;
     const int64_t end = std::min(job.blocks, block + step);
-    if (!functions.attend(job, head, 0, rows, block, end, states + head * all)) whole.store(false, std::memory_order_relaxed);
+    attend(functions, job, head, 0, rows, block, end, states + head * all, whole);
   });
   for (int64_t head = 0; head < c.kv_heads && whole.load(); ++head) functions.merge(job, head, states + head * all);
   return whole.load();
@@ -75,12 +85,13 @@ bool attend_blocks(const AttentionFunctions& functions, const Workers& workers, 
 
 bool run_attention(const AttentionFunctions& functions, const Workers& given, const qc_attention_call& call) {
   const int64_t width = ceil_div(call.head_size, 16) * 16, total = call.past + call.rows;
-  const AttentionJob job{call, call.heads / call.kv_heads, width, ceil_div(total, kAttentionBlock)};
+  AttentionJob job{call, call.heads / call.kv_heads, width, total, ceil_div(total, kAttentionBlock), width + 2, false};
   const int64_t from = blocks_from(call);
   const double seen = double(total - from * kAttentionBlock);
   Workers workers = given;
   // Scores and values; a triangle's half does not matter here.
   if (2.0 * double(call.heads * call.rows) * seen * double(width / 16) < double(kCallerOperations)) workers.threads = 1;
+  job.in_turn = workers.threads <= 1 || !workers.parallel_for;
   copy_past(workers, call);
   const int64_t rows_at_once = std::max<int64_t>(1, (int64_t{32} << 10) / (call.kv_heads * call.head_size));
   workers.run(ceil_div(call.rows, rows_at_once), [&](int64_t piece) {

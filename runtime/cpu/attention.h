@@ -17,21 +17,21 @@ struct AttentionJob {
   qc_attention_call call;
   int64_t group;    // query heads of a kv head
   int64_t width;    // head size rounded up to 16
-  int64_t blocks;   // of all positions
-
-  int64_t total() const { return call.past + call.rows; }
+  int64_t total;    // positions, filled and new
+  int64_t blocks;   // of these
+  int64_t state;    // floats of what is known of one row over some positions: greatest score, sum of exponentials, values[width]
+  bool in_turn;     // one thread does all, a kv head after the other
 };
-
-// The softmax and its sum of values of one row over some positions: `greatest` score, sum of the exponentials, values[width].
-inline int64_t attention_state_floats(const AttentionJob& job) { return job.width + 2; }
 
 struct AttentionFunctions {
   // Key and value of a new row and kv head into the present.
   void (*append)(const AttentionJob& job, int64_t row, int64_t kv_head);
-  // Rows [begin, end) of a kv head over blocks [block, block_end). With `states` [blocks][rows][attention_state_floats] one for
-  // each block goes there, and the outputs are left to `merge`; null: to the outputs. False when memory ran out.
-  bool (*attend)(const AttentionJob& job, int64_t kv_head, int64_t begin, int64_t end, int64_t block, int64_t block_end,
-                 float* states);
+  // Floats of working memory that attend() needs for so many rows.
+  int64_t (*memory)(const AttentionJob& job, int64_t rows);
+  // Rows [begin, end) of a kv head over blocks [block, block_end). With `states` [blocks][rows][state] that of each block goes
+  // there, and the outputs are left to merge(); null: to the outputs.
+  void (*attend)(const AttentionJob& job, int64_t kv_head, int64_t begin, int64_t end, int64_t block, int64_t block_end,
+                 float* memory, float* states);
   // The states of all blocks of a kv head to its outputs.
   void (*merge)(const AttentionJob& job, int64_t kv_head, float* states);
 };

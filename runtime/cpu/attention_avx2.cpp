@@ -3,6 +3,6 @@
 
 namespace qc {
 
-extern const AttentionFunctions kAvx2Attention = {append, attend, merge};
+extern const AttentionFunctions kAvx2Attention = {append, memory, attend, merge};
 
 }  // namespace qc

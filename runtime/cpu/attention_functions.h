@@ -9,7 +9,6 @@
 
 #include "attention.h"
 #include "attention_vector.h"
-#include "scratch.h"
 
 namespace qc {
 namespace {
@@ -61,6 +60,8 @@ struct Piece {
   float* turned;  // [kAttentionBlock / 16][width][16]; null: rows are few
   float* states;  // [rows][width + 2]
   float* block;   // the same of one block
+  const float* ahead;      // keys that the next block begins with, where few rows read on, else null
+  const float* ahead_end;
 
   int64_t position(int64_t row) const { return job.call.past + (begin + row) / job.group; }
   // Positions that a row sees, of those from `first` on.
@@ -70,7 +71,7 @@ struct Piece {
   int64_t high(int64_t row, int64_t first) const {
     return std::max<int64_t>(0, std::min(kAttentionBlock, position(row) + 1 - first));
   }
-  float* state(float* all, int64_t row) const { return all + row * attention_state_floats(job); }
+  float* state(float* all, int64_t row) const { return all + row * job.state; }
 };
 
 void load_queries(const Piece& p) {
@@ -85,7 +86,7 @@ void load_queries(const Piece& p) {
   }
 }
 
-// Four products of a row with keys lie in a vector afterwards, see fold(); those of positions that are not there are of their nearest.
+// Products of a row with four keys for each of `out`, their lanes summed down to four: see fold().
 template <int Folds>
 QC_INLINE void score_quads(const float* q, int64_t width, int64_t size, const float* const (&keys)[4 * Folds], Vec (&out)[Folds]) {
   Vec sums[4 * Folds];
@@ -106,20 +107,28 @@ QC_INLINE void score_quads(const float* q, int64_t width, int64_t size, const fl
   for (int f = 0; f < Folds; ++f) out[f] = fold(sums[f], sums[Folds + f], sums[2 * Folds + f], sums[3 * Folds + f]);
 }
 
+// A cache is read once, at the speed of the memory that it lies in: with the keys come the values of the same positions, and with
+// the values the keys of the next block.
+QC_INLINE void fetch(const float* from, const float* end) {
+  for (; from < end; from += 64 / sizeof(float)) __builtin_prefetch(from, 0, 2);
+}
+
 // Few rows: a row's products with 16 keys, whose lanes are then summed together.
 void score_rows(const Piece& p, int64_t first) {
   const int64_t size = p.job.call.head_size, width = p.job.width;
-  const int64_t there = std::min(kAttentionBlock, p.job.total() - first);
+  const int64_t there = std::min(kAttentionBlock, p.job.total - first);
   for (int64_t at = 0; at < there; at += kLanes) {
     const float* keys = p.keys + (first + at) * size;
     const int64_t last = std::min<int64_t>(kLanes, there - at) - 1;
+    const float* values = p.values + (first + at) * size;
+    fetch(values, values + (last + 1) * size);
     for (int64_t row = 0; row < p.rows; ++row) {
       if (at >= p.high(row, first) || at + kLanes <= p.low(row, first)) continue;
       const float* q = p.q + row * width;
       Vec quads[4];
 #pragma GCC unroll 4
       for (int r = 0; r < 4; r += kFolds) {
-        // Quarter i of quad r is position 4 i + r.
+        // Quarter i of quad r is position 4 i + r, or the last that is there.
         const float* chosen[4 * kFolds];
 #pragma GCC unroll 8
         for (int i = 0; i < 4 * kFolds; ++i) {
@@ -137,7 +146,7 @@ void score_rows(const Piece& p, int64_t first) {
 
 void turn_keys(const Piece& p, int64_t first) {
   const int64_t size = p.job.call.head_size, width = p.job.width;
-  const int64_t there = std::min(kAttentionBlock, p.job.total() - first);
+  const int64_t there = std::min(kAttentionBlock, p.job.total - first);
   for (int64_t at = 0; at < there; at += kLanes) {
     for (int64_t d = 0; d < width; d += kLanes) {
       Vec rows[kLanes];
@@ -187,7 +196,7 @@ void score_turned(const Piece& p, int64_t row, int64_t at) {
 // Many rows: keys side by side, R rows with 16 of them at once.
 void score_many(const Piece& p, int64_t first) {
   turn_keys(p, first);
-  const int64_t there = std::min(kAttentionBlock, p.job.total() - first);
+  const int64_t there = std::min(kAttentionBlock, p.job.total - first);
   for (int64_t at = 0; at < there; at += kLanes) {
     // Rows see positions in ascending order: the first that reaches these, and the last that still does.
     int64_t row = 0, end = p.rows;
@@ -237,6 +246,7 @@ QC_INLINE void add_values(const Piece& p, int64_t row, int64_t column, int64_t f
   const int64_t size = p.job.call.head_size, tail = size - column - (C - 1) * kLanes;
   const float* scores = p.scores + row * kAttentionBlock;
   const float* v = p.values + (first + low) * size + column;
+  const float* ahead = p.ahead && row == 0 ? p.ahead + low * size + column : p.ahead_end;
   Vec sums[R][C];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
@@ -248,6 +258,10 @@ QC_INLINE void add_values(const Piece& p, int64_t row, int64_t column, int64_t f
       Vec x[C];
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) x[c] = load(v + c * kLanes);
+      if (ahead < p.ahead_end) {
+        fetch(ahead, ahead + C * kLanes);
+        ahead += size;
+      }
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {
         const Vec e = all(scores[r * kAttentionBlock + j]);
@@ -340,19 +354,40 @@ void output(const AttentionJob& job, int64_t kv_head, int64_t row, const float* 
   for (int64_t d = 0; d < c.head_size; d += kLanes) store(y + d, one_nan(load(state + 2 + d) / divisor), c.head_size - d);
 }
 
-bool attend(const AttentionJob& job, int64_t kv_head, int64_t begin, int64_t end, int64_t block, int64_t block_end, float* states) {
+// The keys that are read after those at hand: of a block, or of that block of the next kv head.
+void look_ahead(Piece& p, int64_t block, bool next_head) {
+  const qc_attention_call& c = p.job.call;
+  if (next_head && (!p.job.in_turn || p.kv_head + 1 == c.kv_heads)) return;
+  const int64_t first = block * kAttentionBlock;
+  const float* keys = p.keys + (next_head ? c.capacity * c.head_size : 0);
+  p.ahead = keys + first * c.head_size;
+  p.ahead_end = keys + std::min(first + kAttentionBlock, p.job.total) * c.head_size;
+}
+
+int64_t turned_floats(const AttentionJob& job, int64_t rows) {
+  return rows >= kTransposedRows ? kAttentionBlock * job.width : 0;
+}
+
+int64_t memory(const AttentionJob& job, int64_t rows) {
+  return turned_floats(job, rows) + rows * (job.width + kAttentionBlock + 2 * job.state);
+}
+
+void attend(const AttentionJob& job, int64_t kv_head, int64_t begin, int64_t end, int64_t block, int64_t block_end, float* memory,
+            float* states) {
   const qc_attention_call& c = job.call;
-  const int64_t rows = end - begin, size = attention_state_floats(job), all_rows = c.rows * job.group;
-  const int64_t turned = rows >= kTransposedRows ? kAttentionBlock * job.width : 0;
-  const ScratchLease lease(size_t(turned + rows * (job.width + kAttentionBlock + 2 * size)) * sizeof(float));
-  if (!lease.data()) return false;
-  float* memory = reinterpret_cast<float*>(lease.data());
+  const int64_t rows = end - begin, size = job.state, all_rows = c.rows * job.group;
+  const int64_t turned = turned_floats(job, rows);
   Piece p{job, kv_head, begin, rows, c.present_key + kv_head * c.capacity * c.head_size,
-          c.present_value + kv_head * c.capacity * c.head_size, nullptr, nullptr, turned ? memory : nullptr, nullptr, nullptr};
+          c.present_value + kv_head * c.capacity * c.head_size, nullptr, nullptr, turned ? memory : nullptr, nullptr, nullptr,
+          nullptr, nullptr};
   p.q = memory + turned;
   p.scores = p.q + rows * job.width;
   p.states = p.scores + rows * kAttentionBlock;
   p.block = p.states + rows * size;
+  if (!turned && (!job.in_turn || kv_head == 0)) {
+    const int64_t first = block * kAttentionBlock;
+    fetch(p.keys + first * c.head_size, p.keys + std::min(first + kAttentionBlock, job.total) * c.head_size);
+  }
   load_queries(p);
   for (int64_t b = block; b < block_end; ++b) {
     const int64_t first = b * kAttentionBlock;
@@ -367,6 +402,7 @@ bool attend(const AttentionJob& job, int64_t kv_head, int64_t begin, int64_t end
     part.q += from * job.width;
     part.scores += from * kAttentionBlock;
     part.block = states ? states + (b * all_rows + begin + from) * size : p.block + from * size;
+    if (!turned) look_ahead(part, b + 1 < block_end ? b + 1 : block, b + 1 == block_end);
     if (turned) {
       score_many(part, first);
     } else {
@@ -385,14 +421,13 @@ bool attend(const AttentionJob& job, int64_t kv_head, int64_t begin, int64_t end
       }
     }
   }
-  if (states) return true;
+  if (states) return;
   for (int64_t row = 0; row < rows; ++row) output(job, kv_head, begin + row, p.state(p.states, row));
-  return true;
 }
 
 void merge(const AttentionJob& job, int64_t kv_head, float* states) {
   const qc_attention_call& c = job.call;
-  const int64_t rows = c.rows * job.group, size = attention_state_floats(job);
+  const int64_t rows = c.rows * job.group, size = job.state;
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t at = c.past + row / job.group;
     const int64_t from = c.window > 0 ? std::max<int64_t>(0, at - c.window + 1) / kAttentionBlock : 0;

@@ -3,6 +3,6 @@
 
 namespace qc {
 
-extern const AttentionFunctions kGenericAttention = {append, attend, merge};
+extern const AttentionFunctions kGenericAttention = {append, memory, attend, merge};
 
 }  // namespace qc

@@ -23,9 +23,10 @@ def float_artifact(artifact: Path, target: Path) -> Path:
 
     shutil.copytree(artifact, target)
     model = ir.load(target / "model.onnx")
-    model.functions.clear()
+    for key in [key for key in model.functions if key[1] != "GroupQueryAttention"]:
+        del model.functions[key]
     for node in model.graph.all_nodes():
-        if node.domain == "ai.qcompiler":
+        if node.domain == "ai.qcompiler" and node.op_type != "GroupQueryAttention":
             for name in [name for name in node.attributes if name.startswith("variant_")]:
                 del node.attributes[name]
             if "activation" in node.attributes:

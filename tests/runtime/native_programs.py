@@ -23,6 +23,7 @@ COMPILER = os.environ.get("CXX", "c++")
 # What each program consists of besides the library, and what of the library it brings itself.
 PARTS = {
     "compare_kernels": (("calls", "cases", "compare_kernels", "guarded"), ("scratch.cpp.o",)),
+    "compare_attention": (("calls", "cases", "compare_attention"), ()),
     "stress_kernels": (("calls", "cases", "stress_kernels"), ()),
 }
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.runtime import exercised, native_programs, vq_oracle
+from tests.runtime.attention_library import DIGEST
 from tests.runtime.kernel_library import Edges, KernelError
 from tests.runtime.kernel_oracle import make_weight
 from tests.runtime.native_programs import ROOT, run
@@ -47,6 +48,12 @@ def compare(folder: Path, library_objects: list[Path]) -> Path:
 @pytest.fixture(scope="module")
 def stress(folder: Path, library_objects: list[Path]) -> Path:
     return native_programs.link(folder, "stress_kernels", library_objects)
+
+
+def test_attention_is_what_it_was(folder: Path, library_objects: list[Path]):
+    """Every instruction set, one thread and three, all rows at once and one by one; and the same numbers on every machine."""
+    program = native_programs.link(folder, "compare_attention", library_objects)
+    assert run(program, "60").stdout.splitlines() == [DIGEST, "60 cases"]
 
 
 def isas_of(*command: str | Path, isa: str | None = None) -> list[str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.runtime import exercised
+from tests.runtime.attention_library import DIGEST
 from tools import kernel_instructions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +39,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(text)
     named = os.environ.get("QCOMPILER_AARCH64")
     folder = Path(named) if named else tmp_path_factory.mktemp("aarch64-linux")
-    make(ROOT / "runtime", folder, "compare_kernels")
+    make(ROOT / "runtime", folder, "compare_kernels", "compare_attention")
     return folder
 
 
@@ -59,6 +60,10 @@ def compare(build: Path, *arguments: str, cpu: str = "max", isa: str | None = No
         env["QCOMPILER_ISA"] = isa
     command = ["qemu-aarch64", "-cpu", cpu, str(build / "cpu" / "compare_kernels"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+def test_attention_is_that_of_other_machines(build: Path):
+    assert run("qemu-aarch64", "-cpu", "max", build / "cpu" / "compare_attention", "60").splitlines() == [DIGEST, "60 cases"]
 
 
 # ── Instructions ──
