@@ -8,7 +8,7 @@ import inspect
 from typing import Any, cast
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, PreTrainedModel
 
 from qcompiler.capture.export import last_message
@@ -41,13 +41,9 @@ def prepare_encoder_decoder(model: PreTrainedModel) -> Prepared:
     inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": begin}
     axes = {name: {1: "decoder_length" if name.startswith("decoder") else "length"} for name in inputs}
     switches = {"use_cache": False, "return_dict": True}
-    module = _result_alone(model, description)
-    with unchanged(model):
-        asks = _asks_the_tokens(module, inputs | switches)
-    if asks and "decoder_attention_mask" in inspect.signature(model.forward).parameters:
-        module = _result_alone(model, description, masked=True)
+    takes_mask = "decoder_attention_mask" in inspect.signature(model.forward).parameters
     prepared = Prepared(
-        module=module,
+        module=_result_alone(model, description, masked=takes_mask and _asks_the_tokens(model, inputs | switches)),
         inputs=inputs,
         dynamic_shapes={name: {1: torch.export.Dim.AUTO} for name in inputs},
         kind="encoder-decoder",
@@ -76,17 +72,30 @@ def start_token(model: PreTrainedModel) -> int | None:
     return None
 
 
-def _asks_the_tokens(module: torch.nn.Module, arguments: dict[str, Any]) -> bool:
-    """Whether the way through the model depends on which tokens it is given, such as whether padding is among them."""
-    with Quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        fake = {n: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
-        try:
-            module(**fake)
-        except DataDependentOutputException:
-            return True
-        except Exception:  # whatever else is wrong is found out, and said, when it is run and traced
-            return False
-    return False
+class _Reads(TorchDispatchMode):
+    """Counts how often a value decides in Python what is computed next."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def _asks_the_tokens(model: PreTrainedModel, arguments: dict[str, Any]) -> bool:
+    """Whether the model looks among the decoder's tokens for padding where it is not told which of them count."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return False
+    mask = {"decoder_attention_mask": torch.ones_like(arguments["decoder_input_ids"])}
+    counts = []
+    for more in ({}, mask):
+        with unchanged(model), Quiet(), _Reads() as reads, torch.no_grad():
+            try:
+                model(**arguments, **more)
+            except Exception:  # what is wrong is found out, and said, when the prepared model is run
+                return False
+        counts.append(reads.count)
+    return counts[1] < counts[0]
 
 
 def _result_alone(model: PreTrainedModel, description: str, masked: bool = False) -> PreTrainedModel:
