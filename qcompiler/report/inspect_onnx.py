@@ -18,6 +18,8 @@ from qcompiler.report.tables import Column, Document, Table, Text
 if TYPE_CHECKING:
     import onnx
 
+ATTENTION = "GroupQueryAttention"
+
 
 def inspect_onnx(path: Path) -> Document:
     """Op counts, initializers by type, inputs and outputs, and the nodes of our own domain with their formats."""
@@ -165,6 +167,10 @@ def _value(value: onnx.ValueInfoProto) -> dict[str, Any]:
 
 def _our_node(node: onnx.NodeProto) -> dict[str, Any]:
     attributes = {a.name: a.f if a.type == a.FLOAT else a.i for a in node.attribute}
+    if node.op_type == ATTENTION:  # no weight, so neither shape nor format
+        variant = node.overload.split("-") if node.overload else []
+        said = {"name": node.name, "op": node.op_type, "variant": node.overload, "edges": variant, "attributes": attributes}
+        return {**said, "shape": None, "format": None, "activation": None}
     return {
         "name": node.name,
         "op": node.op_type,

@@ -13,6 +13,7 @@ import pytest
 from qcompiler.lower.own_attention import INPUTS, use_own_attention
 from qcompiler.lower.share_cache import CacheResult
 from qcompiler.ops.onnx_ops import attach_bodies
+from qcompiler.report.inspect_onnx import inspect_onnx
 from qcompiler.runtime.library import library_path
 from tests.runtime.attention_models import SHARED, Shape, feeds, in_place, model, session
 
@@ -131,6 +132,18 @@ def test_the_body_is_onnx_runtime_s_op_and_our_op_is_near_it(shape: Shape, past:
         np.testing.assert_array_equal(found, expected)
     for found, expected in zip(in_place(session(own, library=True), given), stock, strict=True):
         assert np.abs(found - expected).max() <= 1e-5
+
+
+def test_inspect_names_what_it_is_given(tmp_path: Path) -> None:
+    found = model(PACKED)
+    use_own_attention(found, SHARED)
+    ir.save(found, tmp_path / "model.onnx")
+    document = inspect_onnx(tmp_path / "model.onnx")
+    (node,) = document.data["nodes"]
+    assert (node["op"], node["shape"], node["format"]) == ("GroupQueryAttention", None, None)
+    assert node["edges"] == ["packed", "rotary", "positions"] and node["attributes"]["num_heads"] == 6
+    (table,) = (block for block in document.blocks if getattr(block, "title", "") == "nodes of ours")
+    assert table.rows[0][2] is None
 
 
 def test_without_body_and_library_it_is_refused(tmp_path: Path) -> None:
