@@ -115,7 +115,7 @@ def _hold(guards: torch.nn.Module, prepared: Prepared, sizes: dict[str, int]) ->
     ]
     try:
         guards(*(torch.empty(s, dtype=t.dtype, device="meta") for s, t in zip(shapes, tensors.values(), strict=True)))
-    except Exception:
+    except Exception:  # a guard that does not hold raises whatever its own code does
         return False
     return True
 
