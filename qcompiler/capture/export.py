@@ -16,6 +16,7 @@ from transformers.exporters.quantizers.base import ExportQuantizer
 
 from qcompiler.capture.dimensions import limit_lengths, name_dimensions
 from qcompiler.capture.experts import experts_by_row
+from qcompiler.capture.masks import broadcast_masks
 from qcompiler.capture.prepared import Prepared
 from qcompiler.capture.quiet import Quiet
 from qcompiler.capture.torch_names import TorchNames
@@ -72,7 +73,7 @@ class _Loud(ExportQuantizer):
 
 @contextlib.contextmanager
 def _exporting(prepared: Prepared, quantizer: ExportQuantizer | None, target: str) -> Iterator[_Loud | None]:
-    with Quiet() as quiet, experts_by_row(prepared.module):
+    with Quiet() as quiet, experts_by_row(prepared.module), broadcast_masks():
         ours = _Loud(quantizer, quiet, TorchNames(), prepared) if quantizer is not None or prepared.stored else None
         try:
             yield ours
