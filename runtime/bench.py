@@ -25,6 +25,7 @@ def bench(
     threads: int | None = None,
     portable: bool = False,
     seed: int = 0,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Run a decoder `repeats` times over a random prompt, after one warm-up run.
 
@@ -34,7 +35,7 @@ def bench(
         `load_seconds`; `prefill_tokens_per_second` and `decode_tokens_per_second`, each `{"median", "min", "max",
         "samples"}` with one sample a run; `milliseconds_per_token` `{"median", "p10", "p90"}` over all single steps;
         `peak_rss_bytes` of this process (None where the system does not tell); and what was run: `prompt_tokens`,
-        `new_tokens`, `repeats`, `threads`, `cache`, `target`, `onnxruntime`, `file_bytes`.
+        `new_tokens`, `repeats`, `threads`, `cache`, `target`, `device`, `onnxruntime`, `file_bytes`.
 
     Raises:
         UsageError: a number is out of range, or the artifact is not a decoder.
@@ -51,7 +52,7 @@ def bench(
         prompt_tokens = min(prompt_tokens, artifact.context - new_tokens)
     start = time.perf_counter()
     # The cache has its final size from the start, so that no run pays for its growth.
-    session = Session(artifact, threads=threads, portable=portable, capacity=prompt_tokens + new_tokens)
+    session = Session(artifact, threads=threads, portable=portable, capacity=prompt_tokens + new_tokens, device=device)
     load_seconds = time.perf_counter() - start
     random = np.random.default_rng(seed)
     prompt = random.integers(0, session.vocabulary, prompt_tokens)
@@ -80,6 +81,7 @@ def bench(
         "threads": threads,
         "cache": artifact.cache.kind if artifact.cache is not None else None,
         "target": artifact.target,
+        "device": device,
         "onnxruntime": onnxruntime.__version__,
         "file_bytes": sum(info.bytes for info in artifact.files.values()),
     }

@@ -14,6 +14,7 @@ from qcompiler.errors import CapacityError, InputError, UnsupportedError, UsageE
 from qcompiler.runtime import library
 from qcompiler.runtime.artifact import Artifact, open_artifact
 from qcompiler.runtime.decoder import Decoder, OnnxDecoder
+from qcompiler.runtime.device import Placement, check_target
 from qcompiler.runtime.options import check_onnxruntime, plain_options, session_options
 from qcompiler.runtime.torch_program import TorchDecoder, TorchProgram
 from qcompiler.runtime.whole import WholeText
@@ -39,11 +40,12 @@ class Session:
         portable: run without the op library, slowly (target `onnx`).
         capacity: positions that a shared cache has room for at the start; it grows by doubling, up to the context.
         providers: execution providers of ONNX Runtime.
+        device: `cpu`, `cuda` or `cuda:N`; a GPU runs artifacts of target `torch`.
 
     Raises:
-        InputError, GateError, UnsupportedError: see `open_artifact`.
+        InputError, GateError, UnsupportedError: see `open_artifact`; `find_device` where a device is named.
         LibraryError: the op library is missing and `portable` is not set.
-        CapacityError: `capacity` is beyond the context.
+        CapacityError: `capacity` is beyond the context, or the device's free memory is too small.
     """
 
     def __init__(
@@ -54,18 +56,21 @@ class Session:
         portable: bool = False,
         capacity: int | None = None,
         providers: Sequence[str] = ("CPUExecutionProvider",),
+        device: str = "cpu",
     ) -> None:
+        place = Placement(device)
         self.artifact = source if isinstance(source, Artifact) else open_artifact(source)
         context = self.artifact.context
         if capacity is not None and capacity < 1:
             raise UsageError(f"capacity is {capacity}, expected at least 1")
         if capacity is not None and context is not None and capacity > context:
             raise CapacityError(f"capacity is {capacity}, but the model's context is {context} positions")
+        check_target(self.artifact, place)
         self.onnx: onnxruntime.InferenceSession | None = None
         self._decoder: Decoder | None = None
         self._program: TorchProgram | None = None
         if self.artifact.target == "torch":
-            self._program = TorchProgram(self.artifact, threads)
+            self._program = TorchProgram(self.artifact, threads, place, capacity)
         else:
             self.onnx = _open(self.artifact, threads, portable, providers)
         if self.artifact.whole_text is not None or (self.artifact.kind == "encoder-decoder" and self._generates()):
@@ -208,7 +213,7 @@ class Session:
 
     def _outputs(self, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if self._program is not None:
-            return {name: value.numpy() for name, value in self._program.run(given).items()}
+            return self._program.run(given)
         assert self.onnx is not None
         names = [info.name for info in self.artifact.outputs]
         return dict(zip(names, self.onnx.run(names, given), strict=True))

@@ -1,30 +1,46 @@
-"""Artifacts of target `torch`: an exported program with flat inputs and outputs, on our CPU kernels.
+"""Artifacts of target `torch`: an exported program with flat inputs and outputs, on our kernels of the CPU or of a GPU.
 
 torch is imported when such an artifact is opened, never before.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qcompiler.errors import InputError, UnsupportedError
 from qcompiler.runtime.artifact import Artifact, TensorInfo
+from qcompiler.runtime.device import Placement, check_fits, find_device, tensor_bytes
 
 if TYPE_CHECKING:
     import torch
 
 
 class TorchProgram:
-    """The program of an artifact, called with arrays by name.
+    """The program of an artifact, called with arrays by name. It is moved to its device once, when it is loaded.
+
+    Args:
+        artifact: of target `torch`.
+        threads: of the CPU; None leaves them to torch.
+        place: the device, and the type of float activations.
+        capacity: positions that a decoder's cache is to hold; they count when it is asked whether everything fits.
+
+    Attributes:
+        device: where its tensors are.
+        module: the program; its inputs and outputs are the manifest's, by position.
 
     Raises:
-        UnsupportedError: torch is not installed.
+        UnsupportedError: torch is not installed, or the device cannot be used (see `find_device`).
         InputError: the program cannot be loaded.
+        CapacityError: the device's free memory is too small.
     """
 
-    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
+    def __init__(
+        self, artifact: Artifact, threads: int | None = None, place: Placement | None = None, capacity: int | None = None
+    ) -> None:
+        place = place or Placement()
         try:
             import torch
 
@@ -34,23 +50,55 @@ class TorchProgram:
                 f"{artifact.path} was compiled for torch, which is not installed: pip install 'qcompiler[compile]'"
             ) from error
         self._torch = torch
+        self.device = find_device(place.device)
         if threads is not None:
             torch.set_num_threads(threads)
-        self.artifact = artifact
+        self.artifact, self.place = artifact, place
         path = artifact.file(artifact.entry)
         try:
             self.module = torch.export.load(path).module(check_guards=False)
         except Exception as error:  # torch's loader has no error of its own
             raise InputError(f"{path} cannot be loaded by torch: {error}") from error
+        if self.device.type != "cpu":
+            self._move(capacity)
 
-    def run(self, given: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Every output by name; `given` holds arrays or tensors for every input."""
-        torch = self._torch
-        tensors = [torch.as_tensor(given[info.name]) for info in self.artifact.inputs]
-        with torch.no_grad():
+    def _move(self, capacity: int | None) -> None:
+        from qcompiler.runtime.relocate import relocate
+
+        needed = {"the program": tensor_bytes(self.module), "its cache": cache_bytes(self.artifact, capacity)}
+        check_fits(
+            self.device, needed, str(self.artifact.path),
+            "compile with fewer bits, ask for a smaller capacity, or free memory on the device",
+        )  # fmt: skip
+        relocate(self.module, self.device)
+
+    def tensor(self, value: Any, info: TensorInfo) -> torch.Tensor:
+        """An input as the program takes it: on its device, of its type."""
+        return self._torch.as_tensor(value).to(self.device)
+
+    def call(self, given: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Every output by name, on the device; `given` holds arrays or tensors for every input."""
+        tensors = [self.tensor(given[info.name], info) for info in self.artifact.inputs]
+        with self._torch.no_grad():
             results = self.module(*tensors)
         results = list(results) if isinstance(results, (tuple, list)) else [results]
         return dict(zip([info.name for info in self.artifact.outputs], results, strict=True))
+
+    def run(self, given: dict[str, Any]) -> dict[str, np.ndarray]:
+        """Every output by name, as an array."""
+        return {name: value.cpu().numpy() for name, value in self.call(given).items()}
+
+
+def cache_bytes(artifact: Artifact, capacity: int | None) -> int:
+    """Bytes of a decoder's cache of `capacity` positions; its states alone where none are asked for."""
+    if artifact.cache is None:
+        return 0
+    pasts = {past for past, _ in artifact.cache.pairs()}
+    return sum(
+        math.prod((capacity or 0) if isinstance(size, str) else size for size in info.shape) * np.dtype(info.dtype).itemsize
+        for info in artifact.inputs
+        if info.name in pasts
+    )
 
 
 class TorchDecoder:
@@ -95,10 +143,10 @@ class TorchDecoder:
                 feeds[name] = np.zeros((1, count), info.dtype)
             elif name not in feeds:
                 raise UnsupportedError(f"nothing is known to feed to the input {name!r} {list(info.shape)}")
-        results = self._program.run(feeds)
+        results = self._program.call(feeds)
         self._cache = {past: results[present] for past, present in self._pairs}
         self._length = total
-        return results[self._logits][0, count - keep :].numpy()
+        return results[self._logits][0, count - keep :].float().cpu().numpy()
 
 
 def _empty(info: TensorInfo) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What this machine has: CPU features, the kernels chosen, the versions found. Exit code 0 when artifacts can run."""
+"""What this machine has: CPU features, the kernels chosen, GPUs, the versions found. Exit code 0 when artifacts can run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import argparse
 from qcompiler.cli.options import add_json
 
 NAME = "doctor"
-HELP = "CPU features, chosen kernels, versions found"
+HELP = "CPU features, chosen kernels, GPUs, versions found"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

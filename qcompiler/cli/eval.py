@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qcompiler.cli.options import add_json, positive, reporter
+from qcompiler.cli.options import add_device, add_json, positive, reporter
 from qcompiler.errors import InputError
 
 NAME = "eval"
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=positive, metavar="N", help="tokens in a window")
     parser.add_argument("--stride", type=positive, metavar="N", help="tokens from one window to the next")
     parser.add_argument("--max-windows", type=positive, metavar="N", help="stop after so many windows")
+    add_device(parser, "where to run models, and artifacts of target torch")
     add_json(parser)
 
 
@@ -41,6 +42,7 @@ def execute(options: argparse.Namespace) -> int:
             stride=options.stride,
             max_windows=options.max_windows,
             reporter=progress,
+            device=options.device,
         )
     show(evaluated_document(result), options.json)
     return 0

@@ -8,7 +8,7 @@ import re
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from qcompiler.errors import UnsupportedError
+from qcompiler.errors import UnsupportedError, UsageError
 from qcompiler.report.progress import make_reporter
 
 if TYPE_CHECKING:
@@ -49,6 +49,21 @@ def not_negative(text: str) -> float:
 # argparse names the type by its function in messages: "invalid whole number value: 'x'".
 positive.__name__ = "whole number"
 not_negative.__name__ = "number"
+
+
+def device(text: str) -> str:
+    """`cpu`, `cuda` or `cuda:N`."""
+    from qcompiler.runtime.device import device_name
+
+    try:
+        return device_name(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def add_device(parser: argparse.ArgumentParser, what: str) -> None:
+    """The option --device; `what` happens there."""
+    parser.add_argument("--device", type=device, metavar="D", default="cpu", help=f"{what}: cpu (default), cuda or cuda:N")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

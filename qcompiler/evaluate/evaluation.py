@@ -40,6 +40,7 @@ def evaluate(
     reporter: Reporter | None = None,
     threads: int | None = None,
     tokenizer: Any = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Measure `target`, and how far it is from `against`.
 
@@ -54,6 +55,7 @@ def evaluate(
         reporter: told of the progress.
         threads: threads for torch and for ONNX Runtime; None leaves it to them.
         tokenizer: a tokenizer, or a directory with one, where neither `target` nor `against` brings its own.
+        device: `cpu`, `cuda` or `cuda:N`: where models and artifacts of target `torch` that are read here run.
 
     Returns:
         A dict for JSON. Always: `schema`, `kind`, `target` (a label, never a path), `text` (its description),
@@ -76,7 +78,7 @@ def evaluate(
     """
     source = evaluation_source(text, max_windows)
     with _threads(threads):
-        models = [open_target(model, threads) for model in (target, against) if model is not None]
+        models = [open_target(model, threads, device) for model in (target, against) if model is not None]
         plan = plan_windows(models, source, context, stride, max_windows, tokenizer)
         if reporter is not None:
             reporter.stage("evaluate")

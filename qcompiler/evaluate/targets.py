@@ -48,7 +48,7 @@ class Target:
         self.label = self.label or self.name
 
 
-def open_target(source: Any, threads: int | None = None) -> Target:
+def open_target(source: Any, threads: int | None = None, device: str = "cpu") -> Target:
     """Bring `source` into the form of a `Target`.
 
     Args:
@@ -56,6 +56,7 @@ def open_target(source: Any, threads: int | None = None) -> Target:
             torch module, or any function from tokens (int64 `[length]`) to logits (`[length, vocabulary]`, with or
             without a batch axis before).
         threads: threads of an artifact's session; None leaves it to ONNX Runtime.
+        device: where what is read from a directory or the hub is to run; whatever is given open stays where it is.
 
     Raises:
         InputError: there is nothing of that name, or it cannot be read.
@@ -69,8 +70,8 @@ def open_target(source: Any, threads: int | None = None) -> Target:
         if (path / "manifest.json").is_file():
             from qcompiler.runtime.session import Session
 
-            return _of_session(Session(path, threads=threads))
-        return _of_checkpoint(os.fspath(source))
+            return _of_session(Session(path, threads=threads, device=device))
+        return _of_checkpoint(os.fspath(source), device)
     if hasattr(source, "artifact") and hasattr(source, "logits"):
         return _of_session(source)
     if _is_module(source):
@@ -112,11 +113,15 @@ def _of_session(session: Any) -> Target:
     return Target(str(directory), run, False, tokens, context, label)
 
 
-def _of_checkpoint(source: str) -> Target:
+def _of_checkpoint(source: str, device: str) -> Target:
     from qcompiler.capture.checkpoint import load
+    from qcompiler.runtime.device import check_fits, find_device, tensor_bytes
 
+    place = find_device(device, kernels=False)
     loaded = load(source)
-    target = _of_module(loaded.model)
+    check_fits(place, {"its weights": tensor_bytes(loaded.model)}, source, "free memory on the device, or leave --device away")
+    module: Any = loaded.model
+    target = _of_module(module.to(place))
     target.name, target.label = source, loaded.source_description
     target.tokens = _tokens_in(loaded.directory)
     return target

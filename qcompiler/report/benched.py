@@ -13,7 +13,7 @@ from qcompiler.report.tables import Column, Document, Table, Text
 
 def benched_document(artifact: str, result: Mapping[str, Any], portable: bool) -> Document:
     """What `qcompiler.runtime.bench.bench` returned, with the machine in it."""
-    kernels = _kernels(result.get("target"), portable)
+    kernels = _kernels(result.get("target"), portable, result.get("device", "cpu"))
     data = {"artifact": artifact, "cpu": cpu_model(), "kernels": kernels, **result}
     prefill, decode = result["prefill_tokens_per_second"], result["decode_tokens_per_second"]
     step = result["milliseconds_per_token"]
@@ -39,11 +39,13 @@ def benched_document(artifact: str, result: Mapping[str, Any], portable: bool) -
     return Document("bench", data, [Text("", lines), Table("", columns, rows)])
 
 
-def _kernels(target: Any, portable: bool) -> str:
-    """Which kernels ran: ours by instruction set, or ONNX Runtime's own."""
-    if target != "onnx":
+def _kernels(target: Any, portable: bool, device: str) -> str:
+    """Which kernels ran: ours by instruction set or on a GPU, or ONNX Runtime's own."""
+    if device != "cpu":
+        return f"triton on {device}"
+    if target == "onnx-stock":
         return "onnxruntime"
-    if portable:
+    if portable and target == "onnx":
         return "none (function bodies in onnxruntime)"
     try:
         from qcompiler.runtime import library

@@ -9,7 +9,7 @@ from typing import Any
 
 from qcompiler.artifact.manifest import version
 from qcompiler.errors import QCompilerError, UnsupportedError
-from qcompiler.report import environment
+from qcompiler.report import environment, gpus
 from qcompiler.report.tables import Column, Document, Table, Text
 
 
@@ -34,10 +34,12 @@ def diagnose() -> tuple[Document, int]:
                 (f"{entry['package']} is {entry['version']}, expected {entry['tested']}", UnsupportedError.exit_code)
             )
     kernels = _kernels(problems)
+    gpu = gpus.gpus()
     code = problems[0][1] if problems else 0
     data = {
         "machine": machine,
         "kernels": kernels,
+        "gpu": gpu,
         "packages": packages,
         "can_run": not problems,
         "can_compile": not problems
@@ -50,6 +52,7 @@ def diagnose() -> tuple[Document, int]:
     blocks: list[Table | Text] = [
         Text("machine", _aligned(machine)),
         Text("kernels", _aligned(kernels) if kernels else ["none: the op library cannot be loaded"]),
+        Text("GPU", gpus.lines(gpu)),
         Table(
             "packages",
             (Column("package"), Column("version"), Column("tested"), Column("for"), Column("state")),

@@ -134,7 +134,8 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     code, out, err = call(capsys, "doctor")
     assert (code, err) == (0, "") and "artifacts can run here" in out and "available  avx2, generic" in out
     data = json.loads(call(capsys, "doctor", "--json")[1])
-    assert list(data) == ["schema", "report", "machine", "kernels", "packages", "can_run", "can_compile", "problems"]
+    assert list(data) == ["schema", "report", "machine", "kernels", "gpu", "packages", "can_run", "can_compile", "problems"]
+    assert list(data["gpu"]) == ["torch_cuda", "triton", "devices", "can_run", "reason"]
     assert list(data["kernels"]) == ["library", "interface", "layout", "features", "available", "chosen"]
     assert {"package", "version", "tested", "for", "state"} == set(data["packages"][0])
     assert data["can_run"] is True
