@@ -1,0 +1,214 @@
+"""linear_vq and embedding_vq on a GPU or interpreted: every kernel on every kind of index, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from qcompiler.errors import InputError, UnsupportedError
+from qcompiler.ops import SPECS
+from qcompiler.ops.formats import CENTROIDS, Activation, VqFormat
+from qcompiler.ops.linear_vq import random_weight, unpack
+from qcompiler.ops.spec import Case
+from tests.gpu import parity
+
+LINEAR, EMBEDDING = SPECS["linear_vq"], SPECS["embedding_vq"]
+GEMV = {"block_n": 64, "block_k": 128, "split": 2, "warps": 4, "stages": 2}
+DOT = {"block_m": 32, "block_n": 64, "block_k": 128, "split": 2, "warps": 4, "stages": 2}
+CONFIGS = {
+    "gemv": GEMV,
+    "gemv_gather": GEMV,
+    "dot": DOT,
+    "dot_gather": {**DOT, "block_n": 64, "split": 0},
+    "matmul": {"chunk": 0},
+}
+CASES = list(LINEAR.cases())
+PLAIN = [case for case in CASES if "gate" not in case.attributes]
+EDGES = [case for case in CASES if "gate" in case.attributes]
+FEW = [case for case in EDGES if 0 < case.inputs["x"].size <= 300]
+# Of each kind of index the two least cases with groups, of float activations and of integers; kernels and dtypes in turn.
+WORK = lambda case: len(case.inputs["x"].reshape(-1, case.attributes["k"])) * case.attributes["n"] * case.attributes["k"]  # noqa: E731
+SOME = [
+    min((c for c in PLAIN[16 * kind : 16 * kind + 16] if c.attributes["activation"] == activation and WORK(c) > 1000), key=WORK)
+    for kind in range(8)
+    for activation in (Activation.FLOAT, Activation.INT8_BLOCK)
+]
+TURNS = [(kernel, dtype) for dtype in parity.DTYPES for kernel in CONFIGS]
+
+
+def forced(kernel: str, **changes: int):
+    from qcompiler.gpu import dispatch
+
+    return dispatch.forced(kernel, **{**CONFIGS[kernel], **changes})
+
+
+def one_case(format: VqFormat, rows: int, n: int, k: int, activation: Activation = Activation.FLOAT) -> Case:
+    rng = np.random.default_rng(3)
+    packed, attributes = random_weight(rng, n, k, format)
+    x = rng.standard_normal((rows, k)).astype(np.float32)
+    return Case(format.label, {"x": x, **packed, "bias": None}, {**attributes, "activation": int(activation)})
+
+
+FORMATS = [VqFormat(dim, count, 32, 128, 32) for dim, counts in CENTROIDS.items() for count in counts]
+
+
+def test_the_sample_has_every_index_with_both_activations_on_every_kernel():
+    found = {(c.attributes["dim"], c.attributes["centroids"], c.attributes["activation"]) for c in SOME}
+    assert found == {(f.dim, f.centroids, a) for f in FORMATS for a in (Activation.FLOAT, Activation.INT8_BLOCK)}
+    assert len(SOME) >= len(TURNS)
+
+
+@pytest.mark.parametrize("number", range(len(SOME)), ids=lambda i: SOME[i].label.split(" x")[0])
+def test_parity_of_a_sample(number):
+    kernel, dtype = TURNS[number % len(TURNS)]
+    with forced(kernel):
+        parity.check(LINEAR, SOME[number], dtype)
+
+
+@pytest.mark.parametrize("number", range(0, len(FEW), 5), ids=lambda i: FEW[i].label)
+def test_parity_of_the_edges(number):
+    with forced(list(CONFIGS)[number % len(CONFIGS)]):
+        parity.check(LINEAR, FEW[number])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=parity.dtype_label)
+@pytest.mark.parametrize("kernel", CONFIGS)
+def test_parity_of_every_case(kernel, dtype):
+    for case in CASES:
+        with forced(kernel):
+            parity.check(LINEAR, case, dtype)
+
+
+@pytest.mark.parametrize("case", CASES[5::83], ids=lambda case: case.label)
+def test_parity_with_the_kernel_that_the_table_names(case):
+    parity.check(LINEAR, case)
+
+
+def check_identity(format: VqFormat, kernel: str) -> None:
+    """Of the units, of the groups and of the codebooks the last ones are short."""
+    case = one_case(format, 1, 40, 136)
+    case = replace(case, inputs={**case.inputs, "x": np.eye(136, dtype=np.float32)})
+    levels, factors = unpack(case.inputs, case.attributes)
+    with forced(kernel, **({} if kernel == "matmul" else {"block_m": 256, "split": 1})):
+        found = parity.run(LINEAR, case).cpu().numpy()
+    np.testing.assert_array_equal(found.T, factors * levels, err_msg=f"{format.label} {kernel}")
+
+
+@pytest.mark.parametrize("number", range(len(FORMATS)), ids=lambda i: FORMATS[i].label)
+def test_the_identity_gives_the_dequantized_weight_to_the_bit(number):
+    check_identity(FORMATS[number], ("matmul", "dot", "dot_gather")[number % 3])
+
+
+@pytest.mark.slow
+def test_the_identity_on_every_kernel_and_format():
+    for format in FORMATS:
+        for kernel in ("matmul", "dot", "dot_gather"):
+            for group in (0, 32, 64, 128):
+                check_identity(replace(format, group=group), kernel)
+
+
+@pytest.mark.parametrize("kernel", ("gemv", "gemv_gather"))
+def test_unit_rows_give_columns_of_the_weight_to_the_bit(kernel):
+    case = one_case(VqFormat(2, 64, 32, 128, 64), 1, 48, 192)
+    x = np.zeros((3, 192), np.float32)
+    x[[0, 1, 2], [5, 130, 191]] = 1
+    levels, factors = unpack(case.inputs, case.attributes)
+    with forced(kernel):
+        found = parity.run(LINEAR, replace(case, inputs={**case.inputs, "x": x})).cpu().numpy()
+    np.testing.assert_array_equal(found, (factors * levels)[:, [5, 130, 191]].T)
+
+
+@pytest.mark.parametrize("kernel", CONFIGS)
+def test_results_do_not_change_between_runs(kernel):
+    with forced(kernel):
+        parity.check_repeats(LINEAR, one_case(VqFormat(2, 16, 16, 128, 128), 2, 16, 192))
+
+
+@pytest.mark.parametrize("activation", (Activation.FLOAT, Activation.INT8_BLOCK), ids=lambda a: a.label)
+@pytest.mark.parametrize("kernel", CONFIGS)
+def test_a_row_that_is_not_finite_is_nan_and_others_are_as_without_it(kernel, activation):
+    case = one_case(VqFormat(2, 256, 16, 128, 128), 4, 16, 192, activation)
+    broken = case.inputs["x"].copy()
+    broken[1, 190], broken[2, 3] = np.inf, np.nan
+    with forced(kernel):
+        found = parity.run(LINEAR, replace(case, inputs={**case.inputs, "x": broken}))
+        plain = parity.run(LINEAR, case)
+    assert found[1:3].isnan().all()
+    assert torch.equal(found[[0, 3]], plain[[0, 3]])
+
+
+def test_a_scratch_in_parts_gives_the_same_bits():
+    case = one_case(VqFormat(1, 8, 16, 128, 128), 3, 200, 128)
+    with forced("matmul"):
+        whole = parity.run(LINEAR, case)
+    with forced("matmul", chunk=64 * 128):
+        assert torch.equal(parity.run(LINEAR, case), whole)
+
+
+@pytest.mark.parametrize("table", ("nf4", "fp4"))
+def test_a_fixed_table_of_sixteen_levels(table):
+    from qcompiler.recipe.schema import VQ_FORMATS
+
+    case = one_case(VqFormat.parse(VQ_FORMATS[table]), 1, 33, 130)
+    for kernel in ("gemv", "dot_gather"):
+        with forced(kernel):
+            parity.check(LINEAR, case)
+
+
+ROWS = list(EMBEDDING.cases())
+SHORT = [case for case in ROWS if case.inputs["indices"].size * case.attributes["k"] < 600]
+
+
+@pytest.mark.parametrize("case", SHORT[::5], ids=lambda case: case.label)
+def test_rows_of_an_embedding_have_the_bits_of_the_reference(case):
+    parity.check(EMBEDDING, case)
+
+
+@pytest.mark.slow
+def test_rows_of_every_embedding():
+    for case in ROWS:
+        parity.check(EMBEDDING, case)
+
+
+def test_rows_counted_from_the_end_and_rows_that_are_not_there():
+    case = ROWS[0]
+    n = case.attributes["n"]
+    expected = EMBEDDING.reference(case.inputs, case.attributes)
+    turned = replace(case, inputs={**case.inputs, "indices": case.inputs["indices"] - n})
+    np.testing.assert_array_equal(parity.run(EMBEDDING, turned).cpu().numpy(), expected)
+    outside = replace(case, inputs={**case.inputs, "indices": np.array([0, n, -n - 1, -n])})
+    found = parity.run(EMBEDDING, outside)
+    assert found[1:3].isnan().all() and found[[0, 3]].isfinite().all()
+    assert torch.equal(found[0], found[3])
+
+
+def test_no_rows_give_no_rows():
+    case = next(c for c in PLAIN if 0 in c.inputs["x"].shape)
+    assert parity.run(LINEAR, case).shape == (0, case.attributes["n"])
+
+
+def test_what_the_table_names_must_be_a_kernel_of_the_op():
+    from qcompiler.gpu import dispatch
+
+    with dispatch.forced("int_mm", chunk=0), pytest.raises(InputError, match="linear_vq has no kernel 'int_mm', it has gemv"):
+        parity.run(LINEAR, SOME[0])
+    with dispatch.forced("matmul", chunk=0), pytest.raises(InputError, match="embedding_vq has no kernel 'matmul'"):
+        parity.run(EMBEDDING, ROWS[0])
+
+
+def test_tensors_that_do_not_fit_are_refused_before_they_are_read():
+    case = one_case(VqFormat(2, 64, 32, 256, 128), 1, 64, 256)
+    short = replace(case, inputs={**case.inputs, "codes": case.inputs["codes"][:, :-1]})
+    with pytest.raises(RuntimeError, match=r"linear_vq: codes are torch.uint8 \[4, 7, 192\].*expected torch.uint8 \[4, 8, 192\]"):
+        parity.run(LINEAR, short)
+    with pytest.raises(RuntimeError, match="x has 128 columns, the weight 256"):
+        parity.run(LINEAR, replace(case, inputs={**case.inputs, "x": case.inputs["x"][:, :128]}))
+
+
+def test_a_dtype_that_the_kernels_do_not_take():
+    with pytest.raises(UnsupportedError, match="x is torch.float64"):
+        parity.run(LINEAR, one_case(VqFormat(2, 16, 0, 0, 0), 1, 16, 128), torch.float64)
