@@ -142,8 +142,9 @@ def _torch(
     inputs, outputs = program_ports(program, prepared)
     inputs = [replace(p, name=p.path) for p in inputs]  # the flat program's inputs go by position
     reporter.stage("lower")
-    flat = lower.flatten(program, prepared)
+    flat, notes = lower.flatten(program, prepared, quantizer.recipe.own_attention)
     reporter.stage("write")
+    writer.write_json("trace/lowering.json", {"schema": 1, "notes": notes})
     path = writer.path(TORCH_FILE)
     weights = lower.save(flat, path)
     # the container's own bytes stand under `graph`

@@ -13,6 +13,7 @@ from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 from qcompiler.artifact.manifest import version
 from qcompiler.capture.quiet import Quiet
 from qcompiler.errors import UnsupportedError
+from qcompiler.lower.angles import widen_angles
 from qcompiler.lower.last_logits import keep_last_logits
 from qcompiler.lower.own_attention import use_own_attention
 from qcompiler.lower.share_cache import CacheResult, cache_layers, cache_states, share_cache
@@ -72,7 +73,9 @@ def lower(model: ir.Model, *, decoder: bool) -> Lowered:
 
 
 def finish(lowered: Lowered, own_attention: bool) -> None:
-    """The last edit for our op library: its attention in place of ONNX Runtime's, where `own_attention` and the node allow."""
+    """The last edits for our op library, where `own_attention` says so: angles that every runtime gives alike, and its attention
+    in place of ONNX Runtime's where the node allows."""
+    lowered.notes["angles"] = widen_angles(lowered.model) if own_attention else 0
     lowered.notes["own_attention"] = plain(use_own_attention(lowered.model, lowered.cache, own_attention))
     lowered.op_counts = op_counts(lowered.model)
 

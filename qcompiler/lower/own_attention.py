@@ -2,8 +2,8 @@
 
     com.microsoft::GroupQueryAttention(…)  →  ai.qcompiler::GroupQueryAttention(…), the same inputs, outputs and attributes
 
-The last edit of the target `onnx`: every pass before it looks for ONNX Runtime's op. Our op's function body is one call of
-that, so a runtime without the library computes what it computed before.
+The last edit of the target `onnx`: every pass before it looks for ONNX Runtime's op. Our op's function body is its arithmetic in
+standard ops (`attention_body`), so a runtime without the library computes the same.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from qcompiler.lower.edit import MICROSOFT, insert_before, is_attention
+from qcompiler.lower.attention_body import attention_body
+from qcompiler.lower.edit import insert_before, is_attention
 from qcompiler.lower.share_cache import CacheResult
-from qcompiler.ops.body_builder import STANDARD_OPSET, marker
+from qcompiler.ops.body_builder import marker
 from qcompiler.ops.spec import DOMAIN, OPSET
 
 NAME = "GroupQueryAttention"
@@ -91,7 +92,9 @@ def _replace(model: ir.Model, node: ir.Node) -> str:
     """Our node in place of `node`; its variant."""
     given = _given(node)
     attributes = ATTRIBUTES | {name: a.value for name, a in node.attributes.items() if name in ATTRIBUTES}
-    variant = _variant(given)
+    rotary = bool(attributes["do_rotary"]) and "cos_cache" in given
+    interleaved = rotary and bool(attributes["rotary_interleaved"])
+    variant = _variant(given, rotary, interleaved)
     count = 1 + max(index for index, value in enumerate(node.inputs) if value is not None)
     own = ir.node(
         NAME, list(node.inputs[:count]), attributes=attributes | {marker(variant): 1}, domain=DOMAIN, overload=variant,
@@ -107,33 +110,14 @@ def _replace(model: ir.Model, node: ir.Node) -> str:
     node.graph.remove(node, safe=True)
     key = (DOMAIN, NAME, variant)
     if key not in model.functions:
-        model.functions[key] = body(variant, given)
+        model.functions[key] = attention_body(NAME, variant, INPUTS, given, ATTRIBUTES, rotary, interleaved)
     return variant
 
 
-def _variant(given: Collection[str]) -> str:
-    """Which inputs are given: for instance `packed-rotary-positions`, `bias`."""
+def _variant(given: Collection[str], rotary: bool, interleaved: bool) -> str:
+    """Which inputs are given, and what is rotated: for instance `packed-rotary-positions`, `bias`."""
     parts = [] if "key" in given else ["packed"]
-    for name, part in (("cos_cache", "rotary"), ("position_ids", "positions"), ("attention_bias", "bias")):
+    parts += ["rotary"] * rotary + ["interleaved"] * interleaved
+    for name, part in (("position_ids", "positions"), ("attention_bias", "bias")):
         parts += [part] if name in given else []
     return "-".join(parts or ["plain"])
-
-
-def body(variant: str, given: Collection[str]) -> ir.Function:
-    """The body of a variant: one call of ONNX Runtime's op with the inputs that such a node has."""
-    inputs = [ir.Value(name=name) for name in INPUTS]
-    passed = [value if value.name in given else None for value in inputs]
-    while passed[-1] is None:
-        passed.pop()
-    kind = lambda name: ir.AttributeType.FLOAT if isinstance(ATTRIBUTES[name], float) else ir.AttributeType.INT  # noqa: E731
-    passed_on = [ir.RefAttr(name, name, kind(name)) for name in ATTRIBUTES]
-    call = ir.Node(MICROSOFT, NAME, passed, attributes=passed_on, num_outputs=3, name="body")
-    for output, name in zip(call.outputs, ("output", "present_key", "present_value"), strict=True):
-        output.name = name
-    # Read by nothing: without it the body of another variant does not resolve, see `qcompiler.ops.bodies`.
-    tie = ir.Node("", "Constant", [], attributes=[ir.RefAttr("value_int", marker(variant), ir.AttributeType.INT)], name="tie")
-    tie.outputs[0].name = "tie"
-    opsets = {"": STANDARD_OPSET, MICROSOFT: 1}
-    graph = ir.Graph(inputs, call.outputs, nodes=[tie, call], opset_imports=opsets)
-    declared = [ir.Attr(name, kind(name), None) for name in ATTRIBUTES] + [ir.Attr(marker(variant), ir.AttributeType.INT, None)]
-    return ir.Function(DOMAIN, NAME, variant, graph=graph, attributes=declared)

@@ -134,6 +134,19 @@ class Body(Nodes):
         graph = ir.Graph(inputs, [output], nodes=inner.nodes, name="row")
         return self.op("Scan", *scanned, body=graph, num_scan_inputs=len(scanned))
 
+    def fold_with(
+        self, state: ir.DataType, start: ir.Value, scanned: Sequence[ir.Value], types: Sequence[ir.DataType],
+        step: Callable[..., ir.Value],
+    ) -> ir.Value:
+        """As `fold`, over slices of several types, and a step is a whole body, as in `rows`: `step(builder, state, *slices)`."""
+        inner = _Step(self, "step_")
+        names = ["step_state", *(f"step_input_{i}" for i in range(len(scanned)))]
+        inputs = [ir.Value(name=name, type=ir.TensorType(type_)) for name, type_ in zip(names, [state, *types], strict=True)]
+        output = step(inner, *inputs)
+        output.type = ir.TensorType(state)
+        graph = ir.Graph(inputs, [output], nodes=inner.nodes, name="step")
+        return self.op("Scan", start, *scanned, body=graph, num_scan_inputs=len(scanned))
+
     def function(self, spec: OpSpec, overload: str, inputs: Sequence[ir.Value], output: ir.Value) -> ir.Function:
         graph = ir.Graph(inputs, [output], nodes=self.nodes, opset_imports={"": STANDARD_OPSET})
         kind = lambda name: ir.AttributeType.FLOAT if spec.is_float(name) else ir.AttributeType.INT  # noqa: E731

@@ -6,6 +6,7 @@ import torch
 
 from qcompiler.ops import (
     SPECS,
+    attention,  # noqa: F401  as the next
     experts_linear,  # noqa: F401  a program that was saved with it needs it to be known
     layout,
     linear_edges,

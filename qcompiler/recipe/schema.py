@@ -261,8 +261,8 @@ class Recipe:
         allow: see `Allow`.
         strict_groups: make a short last group an error.
         fuse: one op for layers that read the same value, where the target has such ops; the numbers are the same.
-        own_attention: attention over a shared cache by our op, where the target has it, else by ONNX Runtime's: the same but for
-            the last bits.
+        own_attention: attention over a cache by our op, where the target has it, else by the runtime's: the same but for the
+            last bits, which our op gives alike in every runtime.
     """
 
     name: str

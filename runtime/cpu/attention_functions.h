@@ -26,15 +26,15 @@ void rotate(const qc_attention_call& c, const float* x, int64_t row, float* out)
   if (c.interleaved) {
     for (int64_t i = 0; i < half; ++i) {
       const float a = x[2 * i], b = x[2 * i + 1];
-      out[2 * i] = __builtin_fmaf(a, cosines[i], -(b * sines[i]));
-      out[2 * i + 1] = __builtin_fmaf(b, cosines[i], a * sines[i]);
+      out[2 * i] = a * cosines[i] - b * sines[i];
+      out[2 * i + 1] = b * cosines[i] + a * sines[i];
     }
   } else {
     for (int64_t i = 0; i < half; i += kLanes) {
       const int64_t n = half - i;
       const Vec a = load(x + i, n), b = load(x + half + i, n), cosine = load(cosines + i, n), sine = load(sines + i, n);
-      store(out + i, fma(a, cosine, zero() - b * sine), n);
-      store(out + half + i, fma(b, cosine, a * sine), n);
+      store(out + i, a * cosine - b * sine, n);
+      store(out + half + i, b * cosine + a * sine, n);
     }
   }
   std::memcpy(out + c.rotary, x + c.rotary, size_t(c.head_size - c.rotary) * sizeof(float));

@@ -102,6 +102,6 @@ def test_files(target: str) -> None:
     for file in files:
         assert any(re.fullmatch(pattern, file) for pattern in patterns.values()), file
     optional = {"chat_template.jinja"}
-    optional |= {"model.onnx", "model.onnx.data", "trace/lowering.json"} if target == "torch" else {"model.pt2"}
+    optional |= {"model.onnx", "model.onnx.data"} if target == "torch" else {"model.pt2"}
     for name, pattern in patterns.items():
         assert name in optional or any(re.fullmatch(pattern, file) for file in files), name
