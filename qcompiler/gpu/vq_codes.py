@@ -2,10 +2,11 @@
 
 Every kind of index is first brought to one form: an int32 word holds the four indices of a span and a row, one a byte, vector i
 in byte i. A 64-byte vector read as int32 is sixteen such words, a row each, so the words of one tile lie side by side in memory
-and few instructions serve 4 · dim weights. A vector's entry is `dim` bytes, one in each of the codebook's tables.
+and few instructions serve 4 · dim weights.
 
-There are two ways to look entries up: `tl.load` from the tables where they lie (at most 256 bytes each, two lines of the first
-cache), and `tl.gather` from a tile of words that hold all bytes of an entry, where one codebook serves a whole tile of weights.
+Entries are looked up in tables of words, derived from the codebooks once: a word holds the `dim` numbers of an entry, as int8 or
+in the type of the activations, so one load serves `dim` weights. They are taken from memory, 4 · centroids bytes at most that the
+first cache keeps, or by `tl.gather` from a tile of words, where one codebook serves a whole tile of weights.
 """
 
 from __future__ import annotations
@@ -107,17 +108,24 @@ def factors(scales, book_scales, at, column, book, groups, mask, GROUP: tl.const
 
 
 @triton.jit
-def whole_entries(codebooks, book, DIM: tl.constexpr, CENTROIDS: tl.constexpr):
-    """The entries of one codebook as int32 `[CENTROIDS]`, number j in byte j."""
-    number = tl.arange(0, CENTROIDS)
-    table = tl.zeros([CENTROIDS], tl.int32)
-    for j in tl.static_range(DIM):
-        byte = tl.load(codebooks + (book * (DIM * CENTROIDS) + j * CENTROIDS + number)).to(tl.int32) & 255
-        table |= byte << (8 * j)
-    return table
+def number_of(words, J: tl.constexpr, like):
+    """Number J of entries in words: float16 or bfloat16 where `like`, a pointer, is to one, else int8."""
+    if like.dtype.element_ty == tl.float16 or like.dtype.element_ty == tl.bfloat16:
+        number = (words >> (16 * J)).to(tl.int16).to(like.dtype.element_ty, bitcast=True)
+    else:
+        number = (words >> (8 * J)).to(tl.int8)
+    return number
 
 
 @triton.jit
-def number_of(entries, J: tl.constexpr):
-    """Number J of entries in whole words, int32."""
-    return (entries << (24 - 8 * J)) >> 24
+def look_up(table, book, number, CENTROIDS: tl.constexpr, GATHER: tl.constexpr, SIZE: tl.constexpr):
+    """The words of entries, in the shape that `book`, int64, and `number` broadcast to, SIZE of them.
+
+    With GATHER `book` is one number.
+    """
+    if GATHER:
+        words = tl.load(table + (book * CENTROIDS + tl.arange(0, CENTROIDS)))
+        found = tl.reshape(tl.gather(words, tl.reshape(number, [SIZE]), 0), number.shape)
+    else:
+        found = tl.load((table + book * CENTROIDS) + number.to(tl.uint32))
+    return found

@@ -1,8 +1,11 @@
 """Triton kernels of products with vector-quantized weights: one row, a few rows, the dequantized weight, rows of an embedding.
 
 A product is written as partial sums float32 `[splits, rows, n]`, a stretch of the columns each; what adds them up does so in
-their order, so results do not depend on which program ends first. Activations that are not finite become NaN as they are read,
-and every output of a row has read all of it.
+their order, so results do not depend on which program ends first. Every output of a row meets all of it, so an activation that
+is not finite makes all of them infinite or NaN; what is not finite is then made NaN.
+
+`codes` are int32 words, `table` the words of entries (`vq_codes`); `like` is a pointer to what the numbers in them are, x itself
+where that is float16 or bfloat16.
 """
 
 from __future__ import annotations
@@ -11,12 +14,12 @@ import triton
 import triton.language as tl
 
 from qcompiler.gpu.activations import finite_or_nan
-from qcompiler.gpu.vq_codes import books, factors, index_words, number_of, row_words, whole_entries
+from qcompiler.gpu.vq_codes import books, factors, index_words, look_up, number_of, row_words
 
 
 @triton.jit
 def gemv(
-    x, sa, codes, codebooks, book_scales, scales, partials, rows, n, k, spans_of_split, units, groups, across, blocks,
+    x, sa, codes, table, book_scales, scales, partials, rows, n, k, spans_of_split, units, groups, across, blocks,
     DIM: tl.constexpr, CENTROIDS: tl.constexpr, INDEX_BITS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, GROUP: tl.constexpr, INTEGER: tl.constexpr, GATHER: tl.constexpr,
     ROWS: tl.constexpr, SPANS: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -33,6 +36,7 @@ def gemv(
     at = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     inside, given = at < n, row < rows
+    safe = tl.where(inside, at, n - 1)
     begin = row_words(at, units, INDEX_BITS)[None, :]
     begin_x = (row.to(tl.int64) * k)[:, None]
     first = tl.program_id(1) * spans_of_split
@@ -43,69 +47,83 @@ def gemv(
         column = span * SPAN
         mask = (column < k)[:, None] & inside[None, :]
         index = index_words(codes, begin, span[:, None], mask, INDEX_BITS)
-        book = books(at[None, :], column[:, None], across, BLOCK_ROWS, BLOCK_COLUMNS)
+        book = books(safe[None, :], tl.minimum(column, k - 1)[:, None], across, BLOCK_ROWS, BLOCK_COLUMNS)
         part = tl.zeros([ROWS, SPANS, BLOCK_N], tl.float32)
-        if GATHER:
-            one = books(tl.program_id(0) * BLOCK_N, start * SPAN, across, BLOCK_ROWS, BLOCK_COLUMNS)
-            table = whole_entries(codebooks, one, DIM, CENTROIDS)
         for i in tl.static_range(4):
             number = (index >> (8 * i)) & 255
             if GATHER:
-                entries = tl.reshape(tl.gather(table, tl.reshape(number, [SPANS * BLOCK_N]), 0), [SPANS, BLOCK_N])
+                one = books(tl.program_id(0) * BLOCK_N, start * SPAN, across, BLOCK_ROWS, BLOCK_COLUMNS)
+                words = look_up(table, one, number, CENTROIDS, True, SPANS * BLOCK_N)
+            else:
+                words = look_up(table, book, number, CENTROIDS, False, SPANS * BLOCK_N)
             for j in tl.static_range(DIM):
-                if GATHER:
-                    level = number_of(entries, j)
-                else:
-                    level = tl.load(codebooks + (book * (DIM * CENTROIDS) + (j * CENTROIDS + number)), mask=mask, other=0)
+                level = number_of(words, j, x).to(tl.float32)
                 place = column + (4 * j + i)
                 present = given[:, None] & (place < k)[None, :]
                 value = tl.load(x + (begin_x + place[None, :]), mask=present, other=0).to(tl.float32)
-                if not INTEGER:
-                    value = finite_or_nan(value)
-                part += level.to(tl.float32)[None, :, :] * value[:, :, None]
+                part += level[None, :, :] * value[:, :, None]
         factor = factors(scales, book_scales, at[None, :], column[:, None], book, groups, mask, GROUP)[None, :, :]
         if INTEGER:
             present = given[:, None] & (column < k)[None, :]
             own = tl.load(sa + (row[:, None] * blocks + (column // 128)[None, :]), mask=present, other=0.0)
             factor = factor * own[:, :, None]
         total += part * factor
+    y = finite_or_nan(tl.sum(total, axis=1))
     out = (tl.program_id(1) * rows + row).to(tl.int64)[:, None] * n + at[None, :]
-    tl.store(partials + out, tl.sum(total, axis=1), mask=given[:, None] & inside[None, :])
+    tl.store(partials + out, y, mask=given[:, None] & inside[None, :])
 
 
 @triton.jit
 def levels(
-    codes, codebooks, begin, segment, book, inside, k,
+    codes, table, begin, segment, book, inside, k, like,
     DIM: tl.constexpr, CENTROIDS: tl.constexpr, INDEX_BITS: tl.constexpr, GATHER: tl.constexpr, SEGMENT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, NATURAL: tl.constexpr,
 ):  # fmt: skip
-    """The entries of SEGMENT columns in natural order, int8 `[SEGMENT, BLOCK_N]`; 0 for rows beyond n.
+    """The entries of SEGMENT columns, `[SEGMENT, BLOCK_N]`; rows that are not inside have some entry.
+
+    Columns are in order where NATURAL, else in that of `vectors_first`: the numbers of a vector, which a word has side by side,
+    stay side by side, and so in one register.
 
     Args:
         begin, inside: of the rows: `row_words`, and which to read.
         book: of each row, int64 `[BLOCK_N]`; all the same where GATHER.
+        like: see `number_of`.
     """
     SPAN: tl.constexpr = 4 * DIM
     SPANS: tl.constexpr = SEGMENT // SPAN
     span = segment * SPANS + tl.arange(0, SPANS)
     mask = (span * SPAN < k)[:, None] & inside[None, :]
     index = index_words(codes, begin[None, :], span[:, None], mask, INDEX_BITS)
-    shift = (tl.arange(0, 4) * 8)[None, None, :, None]
-    number = (index[:, None, None, :] >> shift) & 255  # [SPANS, 1, 4, BLOCK_N]
-    j = tl.arange(0, DIM)[None, :, None, None]
+    number = (index[:, None, :] >> (tl.arange(0, 4) * 8)[None, :, None]) & 255  # [SPANS, 4, BLOCK_N]
     if GATHER:
-        table = whole_entries(codebooks, tl.min(book, axis=0), DIM, CENTROIDS)
-        entries = tl.gather(table, tl.reshape(number, [SPANS * 4 * BLOCK_N]), 0)
-        level = ((tl.reshape(entries, [SPANS, 1, 4, BLOCK_N]) << (24 - 8 * j)) >> 24).to(tl.int8)
+        words = look_up(table, tl.min(book, axis=0), number, CENTROIDS, True, SPANS * 4 * BLOCK_N)
     else:
-        start = (book * (DIM * CENTROIDS))[None, None, None, :]
-        level = tl.load(codebooks + (start + (j * CENTROIDS + number)), mask=inside[None, None, None, :], other=0)
+        words = look_up(table, book[None, None, :], number, CENTROIDS, False, SPANS * 4 * BLOCK_N)
+    if DIM == 1:
+        level = tl.reshape(number_of(words, 0, like), [SPANS, 4, BLOCK_N, 1])
+    elif DIM == 2:
+        level = tl.join(number_of(words, 0, like), number_of(words, 1, like))
+    else:
+        even = tl.join(number_of(words, 0, like), number_of(words, 2, like))
+        odd = tl.join(number_of(words, 1, like), number_of(words, 3, like))
+        level = tl.reshape(tl.join(even, odd), [SPANS, 4, BLOCK_N, 4])
+    if NATURAL:
+        level = tl.permute(level, (0, 3, 1, 2))
+    else:
+        level = tl.permute(level, (0, 1, 3, 2))
     return tl.reshape(level, [SEGMENT, BLOCK_N])
 
 
 @triton.jit
+def vectors_first(x, DIM: tl.constexpr, ROWS: tl.constexpr, SEGMENT: tl.constexpr):
+    """Activations `[ROWS, SEGMENT]` with the columns of a vector side by side: 4j + i of a span becomes DIM · i + j."""
+    SPANS: tl.constexpr = SEGMENT // (4 * DIM)
+    return tl.reshape(tl.permute(tl.reshape(x, [ROWS, SPANS, DIM, 4]), (0, 1, 3, 2)), [ROWS, SEGMENT])
+
+
+@triton.jit
 def dot(
-    x, sa, codes, codebooks, book_scales, scales, partials, rows, n, k, segments_of_split, units, groups, across, blocks,
+    x, sa, codes, table, book_scales, scales, partials, rows, n, k, segments_of_split, units, groups, across, blocks,
     DIM: tl.constexpr, CENTROIDS: tl.constexpr, INDEX_BITS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, GROUP: tl.constexpr, INTEGER: tl.constexpr, GATHER: tl.constexpr,
     ROWS: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -117,6 +135,7 @@ def dot(
     at = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     inside, given = at < n, row < rows
+    safe = tl.where(inside, at, n - 1)
     begin = row_words(at, units, INDEX_BITS)
     begin_x = (row.to(tl.int64) * k)[:, None]
     first = tl.program_id(1) * segments_of_split
@@ -124,27 +143,28 @@ def dot(
     total = tl.zeros([ROWS, BLOCK_N], tl.float32)
     for segment in range(first, last):
         column = segment * SEGMENT
-        book = books(tl.where(inside, at, n - 1), column, across, BLOCK_ROWS, BLOCK_COLUMNS)
+        book = books(safe, column, across, BLOCK_ROWS, BLOCK_COLUMNS)
         weight = levels(
-            codes, codebooks, begin, segment, book, inside, k, DIM, CENTROIDS, INDEX_BITS, GATHER, SEGMENT, BLOCK_N
+            codes, table, begin, segment, book, inside, k, x, DIM, CENTROIDS, INDEX_BITS, GATHER, SEGMENT, BLOCK_N, False
         )
         place = column + tl.arange(0, SEGMENT)
         present = given[:, None] & (place < k)[None, :]
         value = tl.load(x + (begin_x + place[None, :]), mask=present, other=0)
+        value = vectors_first(value, DIM, ROWS, SEGMENT)
         factor = factors(scales, book_scales, at, column, book, groups, inside, GROUP)[None, :]
         if INTEGER:
             part = tl.dot(value, weight, out_dtype=tl.int32).to(tl.float32)
             factor = factor * tl.load(sa + (row * blocks + column // 128), mask=given, other=0.0)[:, None]
         else:
-            part = tl.dot(finite_or_nan(value), weight.to(value.dtype), input_precision="ieee")
+            part = tl.dot(value, weight.to(value.dtype), input_precision="ieee")
         total += part * factor
     out = (tl.program_id(1) * rows + row).to(tl.int64)[:, None] * n + at[None, :]
-    tl.store(partials + out, total, mask=given[:, None] & inside[None, :])
+    tl.store(partials + out, finite_or_nan(total), mask=given[:, None] & inside[None, :])
 
 
 @triton.jit
 def dequantize(
-    codes, codebooks, book_scales, scales, weight, first, count, k, units, groups, across,
+    codes, table, book_scales, scales, weight, first, count, k, units, groups, across,
     DIM: tl.constexpr, CENTROIDS: tl.constexpr, INDEX_BITS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, GROUP: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -159,7 +179,9 @@ def dequantize(
     column = segment * SEGMENT
     book = books(at, column, across, BLOCK_ROWS, BLOCK_COLUMNS)
     begin = row_words(at, units, INDEX_BITS)
-    level = levels(codes, codebooks, begin, segment, book, inside, k, DIM, CENTROIDS, INDEX_BITS, False, SEGMENT, BLOCK_N)
+    level = levels(
+        codes, table, begin, segment, book, inside, k, table, DIM, CENTROIDS, INDEX_BITS, False, SEGMENT, BLOCK_N, True
+    )
     value = level.to(tl.float32) * factors(scales, book_scales, at, column, book, groups, inside, GROUP)[None, :]
     place = column + tl.arange(0, SEGMENT)
     out = row.to(tl.int64)[None, :] * k + place[:, None]
@@ -168,7 +190,7 @@ def dequantize(
 
 @triton.jit
 def embed(
-    indices, codes, codebooks, book_scales, scales, y, n, k, units, groups, across,
+    indices, codes, table, book_scales, scales, y, n, k, units, groups, across,
     DIM: tl.constexpr, CENTROIDS: tl.constexpr, INDEX_BITS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, GROUP: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +208,9 @@ def embed(
         column = segment * SEGMENT
         known = inside & (column < k)
         book = books(at, tl.minimum(column, k - 1), across, BLOCK_ROWS, BLOCK_COLUMNS)
-        level = levels(codes, codebooks, begin, segment, book, known, k, DIM, CENTROIDS, INDEX_BITS, False, SEGMENT, 1)
+        level = levels(
+            codes, table, begin, segment, book, known, k, table, DIM, CENTROIDS, INDEX_BITS, False, SEGMENT, 1, True
+        )
         factor = factors(scales, book_scales, at, column, book, groups, known, GROUP)
         value = tl.where(inside[None, :], level.to(tl.float32) * factor[None, :], float("nan"))
         place = column + tl.arange(0, SEGMENT)[:, None]

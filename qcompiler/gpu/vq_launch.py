@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 from triton import cdiv
 
 from qcompiler.gpu import device, vq_kernels
@@ -55,9 +56,9 @@ class Weight:
         """Columns that share S and c."""
         return self.format.group or ACTIVATION_BLOCK
 
-    @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.words, self.codebooks, self.codebook_scales, self.scales
+    def tensors(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """What the kernels read, the entries as numbers of this type where it has 16 bits, else as int8."""
+        return self.words, entry_words(self.codebooks, dtype), self.codebook_scales, self.scales
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -76,6 +77,33 @@ class Weight:
     def one_book(self, block_n: int) -> bool:
         """Whether the codebook is the same for aligned tiles of so many rows (and 128 columns)."""
         return not self.format.block_rows or self.format.block_rows % block_n == 0
+
+
+# Codebooks -> what was derived from them: by the numbers' type, the version of the codebooks and the words.
+_derived: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
+
+
+def entry_words(codebooks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A word for every entry, `[blocks down, blocks across, centroids]`; its `dim` numbers are int8, float16 or bfloat16.
+
+    All of int8 is exact in each. They are made at the first use of `codebooks` and live as long as these.
+
+    Args:
+        codebooks: int8 `[blocks down, blocks across, dim, centroids]`.
+        dtype: of the activations.
+    """
+    numbers = dtype if dtype in (torch.float16, torch.bfloat16) else torch.int8
+    version = None if codebooks.is_inference() else codebooks._version
+    known = _derived.setdefault(codebooks, {})
+    if numbers in known and known[numbers][0] == version:
+        return known[numbers][1]
+    entries = codebooks.transpose(2, 3).to(numbers).contiguous()
+    words = entries.view(WORDS[entries.shape[3] * entries.element_size()])[..., 0]
+    # What is allocated while a graph is captured belongs to the graph.
+    if not (codebooks.is_cuda and torch.cuda.is_current_stream_capturing()):
+        known[numbers] = version, words
+    return words
 
 
 def _gather_rows(weight: Weight, block_n: int, gather: bool) -> int:
@@ -107,7 +135,7 @@ def gemv(
     partials = a.new_empty((splits, a.shape[0], weight.n), dtype=torch.float32)
     with device.on(a.device):
         vq_kernels.gemv[cdiv(weight.n, block_n), splits, cdiv(a.shape[0], rows)](
-            a, sa, *weight.tensors, partials, a.shape[0], weight.n, weight.k, steps_of_split * spans, *weight.sizes,
+            a, sa, *weight.tensors(a.dtype), partials, a.shape[0], weight.n, weight.k, steps_of_split * spans, *weight.sizes,
             cdiv(weight.k, ACTIVATION_BLOCK), **weight.constants, INTEGER=sa is not None, GATHER=gather, ROWS=rows,
             SPANS=spans, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
         )  # fmt: skip
@@ -126,7 +154,7 @@ def dot(
     partials = a.new_empty((splits, a.shape[0], weight.n), dtype=torch.float32)
     with device.on(a.device):
         vq_kernels.dot[cdiv(weight.n, block_n), splits, cdiv(a.shape[0], rows)](
-            a, sa, *weight.tensors, partials, a.shape[0], weight.n, weight.k, segments_of_split, *weight.sizes,
+            a, sa, *weight.tensors(a.dtype), partials, a.shape[0], weight.n, weight.k, segments_of_split, *weight.sizes,
             cdiv(weight.k, ACTIVATION_BLOCK), **weight.constants, INTEGER=sa is not None, GATHER=gather, ROWS=rows,
             SEGMENT=weight.segment, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
         )  # fmt: skip
@@ -141,7 +169,7 @@ def dequantize(
     made = torch.empty((count, weight.k), dtype=dtype, device=weight.codes.device)
     with device.on(made.device):
         vq_kernels.dequantize[cdiv(count, block_n), cdiv(weight.k, weight.segment)](
-            *weight.tensors, made, first, count, weight.k, *weight.sizes, **weight.constants, SEGMENT=weight.segment,
+            *weight.tensors(torch.int8), made, first, count, weight.k, *weight.sizes, **weight.constants, SEGMENT=weight.segment,
             BLOCK_N=block_n, num_warps=warps,
         )  # fmt: skip
     return made
@@ -159,7 +187,7 @@ def embed(indices: torch.Tensor, weight: Weight, *, columns: int = 512, warps: i
     segments = max(1, columns // weight.segment)
     with device.on(y.device):
         vq_kernels.embed[indices.numel(), cdiv(weight.k, weight.segment * segments)](
-            indices, *weight.tensors, y, weight.n, weight.k, *weight.sizes, **weight.constants, SEGMENT=weight.segment,
-            SEGMENTS=segments, num_warps=warps,
+            indices, *weight.tensors(torch.int8), y, weight.n, weight.k, *weight.sizes, **weight.constants,
+            SEGMENT=weight.segment, SEGMENTS=segments, num_warps=warps,
         )  # fmt: skip
     return y
