@@ -249,7 +249,9 @@ def _prepare(
     reporter.stage("capture")
     stored = loaded.stored if loaded is not None else StoredWeights()
     with stored.lent(module):
-        prepared = prepare(module, example, dynamic_shapes, text_only=recipe.allow.text_only)
+        prepared = prepare(
+            module, example, dynamic_shapes, text_only=recipe.allow.text_only, fixed_length=recipe.allow.fixed_length
+        )
     prepared.stored = stored
     for note in prepared.notes:
         reporter.note(note)
@@ -273,6 +275,9 @@ def _samples(
         reporter.note("no tokenizer: calibration and the layers' output SQNR see the inputs of the capture alone")
         return lambda: [arguments(prepared)]
 
+    fixed = None if prepared.fixed is None else prepared.fixed.tokens
+    if fixed is not None and wanted.length not in (None, fixed):
+        raise UsageError(f"calibration: windows of {wanted.length} tokens, the graph takes {fixed}: leave the length away")
     context = _context(loaded.model)
     if wanted.length is not None and context.positions is not None and wanted.length > context.positions:
         raise UsageError(f"calibration: windows of {wanted.length} tokens, the model takes at most {context.positions}")
@@ -282,7 +287,7 @@ def _samples(
 
         from qcompiler.evaluate.calibration import calibration_batches
 
-        length = wanted.length or min(context.default or DEFAULT_LENGTH, DEFAULT_LENGTH)
+        length = fixed or wanted.length or min(context.default or DEFAULT_LENGTH, DEFAULT_LENGTH)
         windows = calibration_batches(
             loaded.directory,
             text=text,

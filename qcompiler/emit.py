@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ def _limits(prepared: Prepared) -> dict[str, Any]:
     extra: dict[str, Any] = {} if prepared.longest is None else {"longest": prepared.longest}
     if prepared.shortest > 1:
         extra["shortest"] = prepared.shortest
+    if prepared.fixed is not None:
+        extra["fixed_length"] = asdict(prepared.fixed)
     if prepared.whole is not None:
         extra["whole_text"] = {"reason": prepared.whole, "causal": prepared.causal}
     if prepared.left_out:

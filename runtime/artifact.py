@@ -97,6 +97,20 @@ class CacheInfo:
 
 
 @dataclass(frozen=True)
+class FixedLength:
+    """A graph of one length: a text of fewer than `tokens` is filled up behind its end with `filler`.
+
+    `outputs`: of every output that has an axis of the text's length, which axis that is. `exact`: whether filling up changes
+    nothing of what the model computes of the text.
+    """
+
+    tokens: int
+    filler: int
+    outputs: Mapping[str, int]
+    exact: bool
+
+
+@dataclass(frozen=True)
 class FileInfo:
     """What the manifest says about a file."""
 
@@ -117,6 +131,7 @@ class Artifact:
         bos, eos, pad: token ids; `eos` has every id that ends a text, and may be empty.
         context: the longest sequence that the model was made for, None where that is not known.
         shortest, longest: the texts that a graph without a cache computes rightly; None for any length.
+        fixed: the one length that the graph takes; None where it takes more.
         whole_text: why a decoder has no cache; None where it has one.
         causal: whether the logits of a decoder predict after every token, and not after the last one alone.
         decoder_start: what an encoder-decoder's decoder begins with: a token id or, where a first one is forced, two.
@@ -137,6 +152,7 @@ class Artifact:
     context: int | None
     shortest: int
     longest: int | None
+    fixed: FixedLength | None
     whole_text: str | None
     causal: bool
     decoder_start: tuple[int, ...]
@@ -298,6 +314,7 @@ class _Reader:
             context=self.optional(manifest.get("context"), "context"),
             shortest=self.number(manifest.get("shortest", 1), "shortest"),
             longest=self.optional(manifest.get("longest"), "longest"),
+            fixed=None if manifest.get("fixed_length") is None else self.fixed(manifest["fixed_length"]),
             whole_text=None if whole is None else self.text(whole.get("reason"), "whole_text.reason"),
             causal=whole is None or whole.get("causal") is not False,
             decoder_start=tuple(self.number(token, "tokens.decoder_start") for token in tokens.get("decoder_start") or ()),
@@ -325,6 +342,16 @@ class _Reader:
                 self.fail(f"{at}.shape", shape, "numbers and names")
             infos.append(TensorInfo(name, self.text(item.get("dtype"), f"{at}.dtype"), shape, role))
         return tuple(infos)
+
+    def fixed(self, value: Any) -> FixedLength:
+        table = self.table(value, "fixed_length")
+        outputs = self.table(table.get("outputs"), "fixed_length.outputs")
+        return FixedLength(
+            tokens=self.number(table.get("tokens"), "fixed_length.tokens"),
+            filler=self.number(table.get("filler"), "fixed_length.filler"),
+            outputs={name: self.number(axis, f"fixed_length.outputs.{name}") for name, axis in outputs.items()},
+            exact=table.get("exact") is True,
+        )
 
     def cache(self, table: dict[str, Any]) -> CacheInfo:
         kind = self.choice(table.get("kind"), "cache.kind", ("shared", "growing", "state"))

@@ -15,6 +15,7 @@ from qcompiler.runtime import library
 from qcompiler.runtime.artifact import Artifact, open_artifact
 from qcompiler.runtime.decoder import Decoder, OnnxDecoder
 from qcompiler.runtime.device import Placement, check_target
+from qcompiler.runtime.fixed import cut, fill
 from qcompiler.runtime.options import check_onnxruntime, plain_options, session_options
 from qcompiler.runtime.torch_program import TorchDecoder, TorchProgram
 from qcompiler.runtime.whole import WholeText
@@ -185,7 +186,7 @@ class Session:
         """Every output of the graph for the given inputs, by name.
 
         Arrays are converted to the input's type. A mask or token types that are not given are those of one whole text:
-        all ones, all zeros.
+        all ones, all zeros. Behind a text that is shorter than a graph of one length nothing counts.
         """
         infos = {info.name: info for info in self.artifact.inputs}
         if unknown := sorted(arrays.keys() - infos.keys()):
@@ -204,12 +205,14 @@ class Session:
                 given[name] = np.broadcast_to(np.arange(tokens.shape[-1]), tokens.shape).astype(info.dtype)
             else:
                 given[name] = np.full(tokens.shape, int(info.role == "mask"), info.dtype)
+        limit, fixed = self.artifact.longest, self.artifact.fixed
+        if limit is not None and tokens is not None and tokens.ndim and tokens.shape[-1] > limit:
+            raise _too_long(tokens.shape[-1], self.artifact)
+        given, length = (given, 0) if fixed is None else fill(self.artifact, fixed, given)
         for name, array in given.items():
             _check_shape(name, array, infos[name].shape)
-        limit = self.artifact.longest
-        if limit is not None and tokens is not None and tokens.shape[-1] > limit:
-            raise _too_long(tokens.shape[-1], self.artifact)
-        return self._outputs(given)
+        outputs = self._outputs(given)
+        return outputs if fixed is None else cut(fixed, outputs, length)
 
     def _outputs(self, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if self._program is not None:
@@ -220,10 +223,10 @@ class Session:
 
 
 def _too_long(length: int, artifact: Artifact) -> CapacityError:
-    return CapacityError(
-        f"{length} tokens are more than the {artifact.longest} that {artifact.path} was compiled for: the model computes longer "
-        "texts in another way"
-    )
+    why = "the model computes longer texts in another way"
+    if artifact.fixed is not None:
+        why = "its graph has one length; compile it for a longer one (allow: {fixed_length: N} in the recipe)"
+    return CapacityError(f"{length} tokens are more than the {artifact.longest} that {artifact.path} was compiled for: {why}")
 
 
 def _check_shape(name: str, array: np.ndarray, expected: tuple[int | str, ...]) -> None:

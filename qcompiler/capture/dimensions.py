@@ -20,6 +20,26 @@ _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 _TOTAL = {"past_length + length", "length + past_length"}
 
 
+class FixedAxis(UnsupportedError):
+    """A model's own code holds an axis at the size that it was traced with.
+
+    Attributes:
+        name: of the axis: `batch`, `length` …
+    """
+
+    def __init__(self, description: str, path: str, name: str, size: int, axes: dict[str, dict[int, str]]) -> None:
+        self.name = name
+        # What `fixed` can make of a model: all but caches and second texts.
+        can_be = {axis for names in axes.values() for axis in names.values()} <= {"batch", "length"}
+        advice = "give example inputs and dynamic_shapes to compile it for this size"
+        if can_be:
+            advice = f"ask for a graph of one length with the recipe's allow: {{fixed_length: N}} (tokens), or {advice}"
+        super().__init__(
+            f"{description}: its own code holds the {name} of {path} at {size}, the size that it was traced with; expected one "
+            f"that works with any: {advice}"
+        )
+
+
 def name_dimensions(model: onnx_ir.Model, axes: dict[str, dict[int, str]], description: str = "the model") -> None:
     """Rename the tracer's symbols everywhere in `model`:   s70, s36 + s70  ─▶  length, total_length
 
@@ -32,8 +52,8 @@ def name_dimensions(model: onnx_ir.Model, axes: dict[str, dict[int, str]], descr
         wanted = axes.get(str(value.name).removeprefix("input."), {})
         for axis, dimension in enumerate(value.shape):
             # A number may come as a symbol that is called like it.
-            if axis in wanted and str(getattr(dimension, "value", dimension)).isdigit():
-                raise _fixed(description, str(value.name), wanted[axis], int(str(getattr(dimension, "value", dimension))))
+            if axis in wanted and (size := str(getattr(dimension, "value", dimension))).isdigit():
+                raise FixedAxis(description, str(value.name), wanted[axis], int(size), axes)
             if isinstance(dimension, onnx_ir.SymbolicDim) and dimension.value is not None and axis in wanted:
                 names.setdefault(dimension.value, wanted[axis])
     for graph in model.graphs():
@@ -49,13 +69,6 @@ def name_dimensions(model: onnx_ir.Model, axes: dict[str, dict[int, str]], descr
             )
 
 
-def _fixed(description: str, path: str, name: str, size: int) -> UnsupportedError:
-    return UnsupportedError(
-        f"{description}: its own code holds the {name} of {path} at {size}, the size that it was traced with; expected one that "
-        "works with any: give example inputs and dynamic_shapes to compile it for this size"
-    )
-
-
 def _renamed(expression: str, names: dict[str, str]) -> str:
     text = _SYMBOL.sub(lambda match: names.get(match[0], match[0]), expression)
     return "total_length" if text in _TOTAL else text
@@ -66,7 +79,7 @@ def limit_lengths(module: torch.nn.Module, prepared: Prepared) -> None:
 
     Raises `UnsupportedError` where the tracer fixed it.
     """
-    if prepared.kind == "module" or prepared.step is not None:
+    if prepared.kind == "module" or prepared.step is not None or prepared.fixed is not None:
         return
     if prepared.kind == "encoder-decoder" or prepared.whole is not None:
         _limit_texts(module, prepared)
@@ -74,7 +87,7 @@ def limit_lengths(module: torch.nn.Module, prepared: Prepared) -> None:
     limit = ANY_STEP if prepared.kind == "decoder" else _ANY_TEXT
     found = longest(module, prepared, limit)
     if found <= 2:
-        raise _fixed(prepared.description, "input_ids", "length", prepared.inputs["input_ids"].shape[1])
+        raise FixedAxis(prepared.description, "input_ids", "length", prepared.inputs["input_ids"].shape[1], prepared.axes)
     if found < limit and prepared.kind == "decoder":
         prepared.step = found
     elif found < min(_positions(prepared.module) or limit, limit):
@@ -96,14 +109,14 @@ def _limit_texts(module: torch.nn.Module, prepared: Prepared) -> None:
             return _hold(guards, prepared, traced | {varied: length})
 
         if not holds(size + 1) and not holds(size - 1):
-            raise _fixed(prepared.description, paths[varied], varied, size)
+            raise FixedAxis(prepared.description, paths[varied], varied, size, prepared.axes)
         last = _last(holds, size, max(most, size))
         if last < most:
             prepared.longest = min(last, prepared.longest or last)
         prepared.shortest = max(prepared.shortest, next((n + 1 for n in range(size - 1, 0, -1) if not holds(n)), 1))
     if prepared.shortest > 1 and not prepared.causal:
         # Shorter texts are filled up with tokens that nothing before them may see.
-        raise _fixed(prepared.description, "input_ids", "length", prepared.shortest)
+        raise FixedAxis(prepared.description, "input_ids", "length", prepared.shortest, prepared.axes)
 
 
 def _hold(guards: torch.nn.Module, prepared: Prepared, sizes: dict[str, int]) -> bool:
@@ -172,7 +185,7 @@ def program_ports(program: torch.export.ExportedProgram, prepared: Prepared) -> 
         for axis, name in prepared.axes.get(path, {}).items():
             size = str(nodes[placeholder].shape[axis])
             if size.isdigit():
-                raise _fixed(prepared.description, path, name, int(size))
+                raise FixedAxis(prepared.description, path, name, int(size), prepared.axes)
             names.setdefault(size, name)
 
     def shape(value: torch.Tensor) -> tuple[int | str, ...]:

@@ -12,13 +12,13 @@ from qcompiler.capture.prepared import Prepared
 _BATCH, _LENGTH = 2, 11
 
 
-def prepare_encoder(model: PreTrainedModel) -> Prepared:
-    """One graph for any batch and any sequence length; padding is masked."""
+def prepare_encoder(model: PreTrainedModel, batch: int = _BATCH, length: int = _LENGTH) -> Prepared:
+    """One graph for any batch and any sequence length, traced with these; padding is masked."""
     accepted = inspect.signature(model.forward).parameters
     # Models of characters hash them and have no vocabulary.
-    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or _BATCH * _LENGTH
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or batch * length
     # Different tokens everywhere, so that no two rows look alike to the tracer; the last tokens of one row are padding.
-    ids = torch.arange(_BATCH * _LENGTH).reshape(_BATCH, _LENGTH).remainder(vocabulary)
+    ids = torch.arange(batch * length).reshape(batch, length).remainder(vocabulary)
     inputs = {"input_ids": ids}
     if "attention_mask" in accepted:
         inputs["attention_mask"] = torch.ones_like(ids)

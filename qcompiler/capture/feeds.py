@@ -51,6 +51,10 @@ def feed(prepared: Prepared, tokens: torch.Tensor, past: int = 0, cache: Any = N
         raise UnsupportedError(
             f"{prepared.description}: its graph takes texts of {prepared.shortest} tokens and more, found {length}"
         )
+    if prepared.fixed is not None and length > prepared.fixed.tokens:
+        raise UnsupportedError(
+            f"{prepared.description}: its graph takes texts of {prepared.fixed.tokens} tokens alone, found {length}"
+        )
     sizes = {"batch": batch, "length": length, "past_length": past, "total_length": past + length, "decoder_length": length}
     kept = cache_name(prepared) if cache is not None else None
     return {

@@ -12,6 +12,7 @@ from transformers.exporters.utils import is_multimodal
 from qcompiler.capture.decoder import prepare_decoder
 from qcompiler.capture.encoder import prepare_encoder
 from qcompiler.capture.encoder_decoder import prepare_encoder_decoder
+from qcompiler.capture.fixed import with_fixed_sizes
 from qcompiler.capture.left_out import left_out
 from qcompiler.capture.plain import prepare_module
 from qcompiler.capture.prepared import Prepared
@@ -19,14 +20,20 @@ from qcompiler.errors import UnsupportedError, UsageError
 
 
 def prepare(
-    model: torch.nn.Module, example: Any = None, dynamic_shapes: dict[str, Any] | None = None, *, text_only: bool = False
+    model: torch.nn.Module,
+    example: Any = None,
+    dynamic_shapes: dict[str, Any] | None = None,
+    *,
+    text_only: bool = False,
+    fixed_length: int | bool = False,
 ) -> Prepared:
     """Make a model ready for export.
 
     A decoder language model, an encoder of text and an encoder-decoder of texts need no example. Everything else does: what
     `forward` is called with, as a dict of keyword arguments, a tuple, or one tensor; `dynamic_shapes` then says which axes
     vary (default: axis 0 where the example has at least two rows). Of a model that takes more than text, the text path alone
-    is prepared where `text_only` says so.
+    is prepared where `text_only` says so; of a model whose own code holds the length of a text, a graph of `fixed_length`
+    tokens (True: of the model's context).
     """
     model = model.eval()
     if example is not None:
@@ -36,7 +43,7 @@ def prepare(
     if not isinstance(model, PreTrainedModel):
         raise UsageError(f"{type(model).__name__} is no transformers model: give example inputs to capture it with")
     more = _takes_more(model, text_only)
-    prepared = _of_text(model)
+    prepared = with_fixed_sizes(_of_text(model), model, fixed_length) if fixed_length else _of_text(model)
     if more:
         prepared.left_out = left_out(prepared)
         named = ", ".join(f"{name} ({size:,} bytes)" for name, size in prepared.left_out.items()) or "no weights"

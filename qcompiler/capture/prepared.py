@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,23 @@ from qcompiler.pipeline.passes import Report, Skip
 if TYPE_CHECKING:
     import onnx_ir
     from transformers.exporters.quantizers.base import ExportQuantizer
+
+
+@dataclass(frozen=True)
+class FixedLength:
+    """A graph of one length.
+
+    Attributes:
+        tokens: how many.
+        filler: the token that a shorter text is filled up with, behind its end.
+        outputs: of every output that has an axis of the text's length, which axis that is.
+        exact: whether filling up changes nothing of what the model computes of the text.
+    """
+
+    tokens: int
+    filler: int
+    outputs: dict[str, int]
+    exact: bool
 
 
 @dataclass
@@ -34,6 +51,7 @@ class Prepared:
         whole: why a decoder has no cache and computes the whole text for every token; None where it has one.
         causal: whether the logits of a decoder after a token depend on no later one.
         shortest, longest: the texts that a graph without a cache is right for, found when it is exported; None for no bound.
+        fixed: the one length that the graph takes; None where it takes more.
         start: the token that the text of an encoder-decoder's decoder begins with, where it is known.
         left_out: modules of a model that its text path does not use, by path, with the bytes of their weights.
         fallbacks: places where capture took a weaker form than the model's own, and why.
@@ -53,6 +71,7 @@ class Prepared:
     causal: bool = True
     shortest: int = 1
     longest: int | None = None
+    fixed: FixedLength | None = None
     start: int | None = None
     left_out: dict[str, int] = field(default_factory=dict)
     fallbacks: list[Skip] = field(default_factory=list)
@@ -68,7 +87,8 @@ class Prepared:
 
     def report(self) -> Report:
         """What the record of the capture says."""
-        found = {"notes": self.notes, "whole_text": self.whole, "left_out": self.left_out}
+        fixed = None if self.fixed is None else asdict(self.fixed)
+        found = {"notes": self.notes, "whole_text": self.whole, "left_out": self.left_out, "fixed_length": fixed}
         notes = {key: value for key, value in found.items() if value}
         return Report(fallbacks=list(self.fallbacks), notes=notes)
 

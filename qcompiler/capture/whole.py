@@ -39,7 +39,7 @@ def prepare_whole_text(model: PreTrainedModel, reason: str) -> Prepared:
     switches = {"use_cache": False} if "use_cache" in accepted else {}
     prepared = Prepared(
         module=model,
-        inputs={"input_ids": _tokens(model)},
+        inputs={"input_ids": tokens(model)},
         dynamic_shapes={"input_ids": {1: torch.export.Dim.AUTO}},
         kind="decoder",
         description=description,
@@ -63,10 +63,10 @@ def prepare_whole_text(model: PreTrainedModel, reason: str) -> Prepared:
     return prepared
 
 
-def _tokens(model: PreTrainedModel) -> torch.Tensor:
+def tokens(model: PreTrainedModel, length: int = _LENGTH) -> torch.Tensor:
     """Different tokens, so that no two look alike to the tracer."""
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or 64
-    return torch.arange(3, 3 + _LENGTH).remainder(vocabulary)[None]
+    return torch.arange(3, 3 + length).remainder(vocabulary)[None]
 
 
 def _differs(model: PreTrainedModel, prepared: Prepared) -> str | None:

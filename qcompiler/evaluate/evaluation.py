@@ -150,11 +150,22 @@ def plan_windows(
         InputError: the text is too short to score a token.
     """
     tokens = _tokens(models, tokenizer, source)
+    only = {model.alone: model for model in models if model.alone is not None}
+    context = next(iter(only), None) if context is None else context
     length = choose_context(context, [model.context.within(tokens.limit) for model in models])
     ids = tokens.encode(source.content)
     # What stands before a text begins every window. What stands after it would be scored, so only other models get it.
     marks = (tokens.prefix, () if models[0].causal is not False else tokens.suffix)
-    windows = list(islice(cut(ids, length, stride, *marks), max_windows))
+    found = cut(ids, length, stride, *marks)
+    for size, model in only.items():
+        if size != length:
+            raise UsageError(
+                f"{model.name} computes windows of {size} tokens alone as its float model does; context is {length}"
+            )
+    if only:
+        # The last window may be shorter: filled up, it would be another text.
+        found = (window for window in found if len(window.tokens) == length)
+    windows = list(islice(found, max_windows))
     if not windows:
         raise InputError(f"{source.description}: {len(ids)} tokens are too few to score one")
     setting = {

@@ -34,6 +34,7 @@ class Target:
             shape of what comes out can tell.
         tokens: its tokenizer, or None.
         context: what is known of its context.
+        alone: the only length of window that it computes as its float model does; None for any.
         label: for records, which name no path of this machine: the model, and the recipe that it was compiled with.
     """
 
@@ -42,6 +43,7 @@ class Target:
     causal: bool | None = None
     tokens: Tokens | None = None
     context: Context = Context()
+    alone: int | None = None
     label: str = ""
 
     def __post_init__(self) -> None:
@@ -95,14 +97,16 @@ def _of_session(session: Any) -> Target:
     source = model.get("source") if isinstance(model, Mapping) else None
     label = f"{source or directory.name} ({artifact.manifest.get('recipe') or artifact.target})"
     if artifact.kind == "decoder":
-        return Target(str(directory), lambda ids: {LOGITS: session.logits(ids)}, artifact.causal, tokens, context, label)
+        return Target(
+            str(directory), lambda ids: {LOGITS: session.logits(ids)}, artifact.causal, tokens, context, label=label
+        )
     if artifact.kind == "encoder-decoder" and artifact.decoder_start:
 
         def answer(ids: np.ndarray) -> dict[str, np.ndarray]:
             session.read(ids)
             return {LOGITS: session.logits(_behind(artifact.decoder_start[0], ids))[1:]}
 
-        return Target(str(directory), answer, True, tokens, context.shorter(1), label)
+        return Target(str(directory), answer, True, tokens, context.shorter(1), label=label)
     info = artifact.input("tokens")
     if info is None or artifact.kind == "encoder-decoder":
         raise UnsupportedError(f"{directory} takes no tokens, so it cannot be evaluated on a text")
@@ -110,7 +114,8 @@ def _of_session(session: Any) -> Target:
     def run(ids: np.ndarray) -> dict[str, np.ndarray]:
         return {name: _array(value) for name, value in session.run(**{info.name: ids[None]}).items()}
 
-    return Target(str(directory), run, False, tokens, context, label)
+    alone = None if artifact.fixed is None or artifact.fixed.exact else artifact.fixed.tokens
+    return Target(str(directory), run, False, tokens, context, alone, label)
 
 
 def _of_checkpoint(source: str, device: str) -> Target:

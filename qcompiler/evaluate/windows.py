@@ -22,7 +22,9 @@ LONGEST_DEFAULT = 2048
 UNKNOWN_DEFAULT = 512
 
 # What configurations call the number of positions.
-_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
+_POSITIONS = (
+    "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length", "context_length",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

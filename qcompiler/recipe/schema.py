@@ -198,12 +198,19 @@ class Allow:
         fallbacks: how many places may fall back to a weaker method than the one asked for.
         min_coverage: least share of the bytes of all constant matmul weights that must be quantized.
         text_only: of a model that takes more than text, compile the text path alone.
+        fixed_length: of a model whose own code holds the length of a text, compile a graph of so many tokens; true: as many
+            as the model's context has.
     """
 
     unmatched: tuple[str, ...] = ()
     fallbacks: int = 0
     min_coverage: float = 0.95
     text_only: bool = False
+    fixed_length: bool | int = False
+
+    def __post_init__(self) -> None:
+        if self.fixed_length is not False and self.fixed_length < 2 and self.fixed_length is not True:
+            raise ValueError(f"fixed_length is {self.fixed_length}, expected at least 2 tokens")
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -73,7 +73,10 @@ def form_lines(manifest: Mapping[str, Any]) -> list[str]:
     if left := manifest.get("left_out"):
         named = ", ".join(f"{name} ({tables.size(size)})" for name, size in left.items())
         lines.append(f"left out    the text path alone was compiled, without {named}")
-    if "longest" in manifest:
+    if fixed := manifest.get("fixed_length"):
+        filled = "which changes nothing of them" if fixed.get("exact") else "which the model computes otherwise than them alone"
+        lines.append(f"length      {fixed.get('tokens')} tokens, one length; shorter texts are filled up, {filled}")
+    elif "longest" in manifest:
         lines.append(f"longest     texts of {manifest['longest']} tokens: the model computes longer ones in another way")
     return lines
 
