@@ -1,4 +1,4 @@
-"""The torch face of every declared op: schema, CPU kernel, fake implementation, as one opaque op each."""
+"""The torch face of every declared op: schema, CPU kernel, GPU kernel, fake implementation, as one opaque op each."""
 
 from __future__ import annotations
 
@@ -227,14 +227,25 @@ _CPU = {
 }
 
 
+def _cuda(name: str):
+    """GPU kernel of an op, in Triton (docs/gpu.md), which is imported when it is first called."""
+
+    def call(*values):
+        from qcompiler.gpu import implementation
+
+        return implementation(name)(*values)
+
+    return call
+
+
 def _fake(spec: OpSpec):
-    """Shapes and dtype of the result, from the declaration."""
+    """Shapes from the declaration; a product has the dtype of x, a row of an embedding is float32."""
 
     def fake(*values):
         tensors, integers = values[: len(spec.inputs)], values[len(spec.inputs) :]
         shapes = {i.name: tuple(t.shape) for i, t in zip(spec.inputs, tensors, strict=True) if t is not None}
         shape = spec.output_shape(shapes, dict(zip(spec.attributes, integers, strict=True)))
-        return tensors[0].new_empty(shape, dtype=torch.float32)
+        return tensors[0].new_empty(shape, dtype=torch.float32 if spec.inputs[0].name != "x" else tensors[0].dtype)
 
     return fake
 
@@ -243,6 +254,7 @@ def _register() -> None:
     for spec in SPECS.values():
         _library.define(spec.torch_schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(spec.name, _CPU[spec.name], "CPU")
+        _library.impl(spec.name, _cuda(spec.name), "CUDA")
         torch.library.register_fake(f"{NAMESPACE}::{spec.name}", _fake(spec), lib=_library)
 
 

@@ -10,8 +10,9 @@ the result from it is rounding alone, and the bound on that is arithmetic (`tole
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -139,6 +140,28 @@ def check_repeats(spec: OpSpec, case: Case, dtype: torch.dtype = torch.float32) 
         assert torch.equal(run(spec, case, dtype), first), f"{spec.name} {dtype_label(dtype)}: {case.label}"
 
 
-def spread(cases: list[Case], count: int) -> Iterator[Case]:
-    """`count` cases at equal distances, the same in every run."""
-    yield from cases[:: max(1, len(cases) // count)]
+def features(case: Case) -> set[tuple]:
+    """What a sample should have in it: every two of width, group, symmetry and kind of activations together; edges; shapes."""
+    attributes, present = case.attributes, {n for n, value in case.inputs.items() if value is not None}
+    choices = [(name, attributes.get(name)) for name in ("bits", "group", "activation")] + [("zeros", "zeros" in present)]
+    rows = case.inputs["x" if "x" in present else "indices"]
+    size = min(rows.size // (attributes["k"] if "x" in present else 1), 17)
+    found = set(combinations(choices, 2)) | {("rows", size), ("gate", attributes.get("gate"))}
+    found |= {(attributes.get("bits"), attributes.get("group"), "zeros" in present)}
+    found |= {("n", attributes["n"] % 16 > 0), ("k", attributes["k"] % 128 > 0)}
+    return found | {(name,) for name in present & {"bias", "norm", "residual", "activation_zero"}}
+
+
+def sample(cases: Iterable[Case], everything: bool = False) -> Iterator[Case]:
+    """A few cases that have all features of all of them, the same in every run; or all."""
+    left = list(cases)
+    if everything:
+        yield from left
+        return
+    seen: set[tuple] = set()
+    while True:
+        best = max(left, key=lambda case: (len(features(case) - seen), -case.attributes["n"] * case.attributes["k"]))
+        if not features(best) - seen:
+            return
+        yield best
+        seen |= features(best)

@@ -1,0 +1,104 @@
+"""Decoding of packed affine weights (docs/layout.md, W16x4) from the bytes of the artifact, as device functions.
+
+A 64-byte vector is read as 16 int32 words: word r holds four positions of row r of a tile. A **word** here is such an int32 with
+`WORD_K` columns of one row; its column 4f + i is the field f of byte i, `bits · f + 8 · i` from the bottom:
+
+| bits | words of a unit | columns of a word | fields of a byte |
+|---|---|---|---|
+| 8 | 1 | 4 | 1 |
+| 4 | 1 | 8 | 2 |
+| 3 | 4, the fourth put together from the top bits of three | 8 | 2 |
+| 2 | 1 | 16 | 4 |
+
+So words 0, 1, 2 … of a row hold its columns in order, whatever the width. Codes come out unsigned, 0 … 2^bits − 1: those of 8
+bits have 128 added, and so have their zero points; `center` is the zero point of the symmetric form.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+WORD_COLUMNS = {8: 4, 4: 8, 3: 8, 2: 16}
+
+
+@triton.jit
+def load_words(words_ptr, rows, mask, first, words, V: tl.constexpr, BITS: tl.constexpr):
+    """Words `first` … `first + V - 1` of some rows of the weight, int32 `[V, R]`; 0 beyond `words`, the words of a row.
+
+    `rows` int64 `[R]` are rows of all the tiles, `mask` says which exist. With 3 bits `first` and V are multiples of 4.
+    """
+    tile = rows // 16
+    if BITS == 3:
+        J: tl.constexpr = V // 4
+        unit = first // 4 + tl.arange(0, J)
+        inside = (unit < words // 4)[:, None] & mask[None, :]
+        ptr = words_ptr + (tile * (words * 12) + rows % 16)[None, :] + (unit * 48)[:, None]
+        b0 = tl.load(ptr, mask=inside, other=0, eviction_policy="evict_first")
+        b1 = tl.load(ptr + 16, mask=inside, other=0, eviction_policy="evict_first")
+        b2 = tl.load(ptr + 32, mask=inside, other=0, eviction_policy="evict_first")
+        b3 = ((b0 >> 2) & 0x30303030) | ((b1 >> 4) & 0x0C0C0C0C) | ((b2 >> 6) & 0x03030303)
+        four = tl.join(tl.join(b0, b2), tl.join(b1, b3))  # [J, R, 2, 2]: b0 b1 b2 b3
+        return tl.reshape(tl.permute(four, (0, 2, 3, 1)), [V, rows.shape[0]])
+    else:
+        word = first + tl.arange(0, V)
+        inside = (word < words)[:, None] & mask[None, :]
+        ptr = words_ptr + (tile * (words * 16) + rows % 16)[None, :] + (word * 16)[:, None]
+        loaded = tl.load(ptr, mask=inside, other=0, eviction_policy="evict_first")
+        if BITS == 8:
+            loaded ^= -2139062144  # 0x80808080: signed to unsigned
+        return loaded
+
+
+@triton.jit
+def expand(words, V: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr, WORD_K: tl.constexpr):
+    """The codes of words `[V, R]`, int32 `[V · WORD_K, R]`, columns in order."""
+    column = tl.arange(0, WORD_K)
+    shift = (column % 4) * 8 + (column // 4) * BITS
+    mask: tl.constexpr = (1 << BITS) - 1
+    codes = (words[:, None, :] >> shift[None, :, None]) & mask
+    return tl.reshape(codes, [V * WORD_K, R])
+
+
+@triton.jit
+def code_at(words, BIT: tl.constexpr, BITS: tl.constexpr, MINUS: tl.constexpr):
+    """The code at a bit of each word, minus a constant, as float32.
+
+    The code becomes the low end of a mantissa, so that no conversion is needed, which takes four times as long as a sum.
+    """
+    at: tl.constexpr = BIT % 16
+    if BIT >= 16:
+        words = words >> 16
+    mask: tl.constexpr = ((1 << BITS) - 1) << at
+    exponent: tl.constexpr = (150 - at) << 23  # of 2^(23 - at), where bit `at` of the mantissa is worth 1
+    one: tl.constexpr = float(1 << (23 - at)) + MINUS
+    return ((words & mask) | exponent).to(tl.float32, bitcast=True) - one
+
+
+@triton.jit
+def to_float(codes, minus, dtype: tl.constexpr):
+    """`codes − minus` in the dtype, exact; codes and minus int32 in 0 … 255."""
+    if dtype == tl.float16:
+        return (codes | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - (minus + 1024).to(tl.float16)
+    else:
+        return ((codes | 0x4B000000).to(tl.float32, bitcast=True) - (minus + 8388608).to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def load_zeros(zeros_ptr, rows, groups, group, mask, BITS: tl.constexpr):
+    """Zero points of a group of each row, int32, of the shape to which rows, group and mask broadcast."""
+    bit = (rows % 16) * BITS
+    ptr = zeros_ptr + ((rows // 16) * groups + group) * (2 * BITS) + bit // 8
+    z = tl.load(ptr, mask=mask, other=0).to(tl.int32)
+    if BITS == 3:  # a field may lie across two bytes
+        z |= tl.load(ptr + 1, mask=mask & (bit // 8 < 5), other=0).to(tl.int32) << 8
+    if BITS == 8:
+        return z ^ 128
+    return (z >> (bit % 8).to(tl.int32)) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def load_scales(scales_ptr, rows, groups, group, mask):
+    """Scales of a group of each row, float32."""
+    ptr = scales_ptr + ((rows // 16) * groups + group) * 16 + rows % 16
+    return tl.load(ptr, mask=mask, other=0.0).to(tl.float32)

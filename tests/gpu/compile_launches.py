@@ -1,0 +1,105 @@
+"""Compiles, for a GPU that need not be there, every kernel launch of some calls: `python -m tests.gpu.compile_launches 90`.
+
+The interpreter takes programs that the compiler refuses, and says nothing of registers. Here the host code runs on CPU tensors
+with the launch replaced: Triton compiles what would have run, with ptxas, for the given compute capability, and nothing runs.
+A line of JSON for each launch: kernel, registers, bytes spilled, shared memory.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
+
+from qcompiler.gpu import device
+
+OPTIONS = ("num_warps", "num_stages")
+
+
+@contextmanager
+def compiling(capability: int, found: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Within it a launch is compiled for this compute capability (90 for 9.0) and not run."""
+    target, done = GPUTarget("cuda", capability, 32), set()
+
+    def run(self, *args, grid, warmup, **given):
+        options = {name: given.pop(name) for name in OPTIONS if name in given}
+        names = [p.name for p in self.params]
+        values = dict(zip(names, args, strict=False)) | given
+        constants = {p.name for p in self.params if p.is_constexpr}
+        constants |= {name for name in names if values[name] is None or values[name] is True}
+        # As a launch specializes: 1 is a constant, multiples of 16 and tensors are known to be aligned.
+        constants |= {n for n in names if isinstance(values[n], int) and values[n] == 1}
+        signature = {n: "constexpr" if n in constants else mangle_type(values[n], None) for n in names}
+        aligned = [n for n in names if n not in constants and _aligned(values[n])]
+        key = (self.fn.__name__, str(signature), str([values[n] for n in sorted(constants)]), str(aligned), str(options))
+        if key in done:
+            return
+        done.add(key)
+        source = ASTSource(
+            fn=self, signature=signature, constexprs={(names.index(n),): values[n] for n in constants},
+            attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+        )  # fmt: skip
+        compiled = triton.compile(source, target=target, options=options)
+        found({"kernel": self.fn.__name__, **_resources(compiled), "shared": compiled.metadata.shared, **options})
+
+    before = JITFunction.run, device.require
+    JITFunction.run, device.require = run, lambda *_: None
+    try:
+        yield
+    finally:
+        JITFunction.run, device.require = before
+
+
+def _aligned(value: Any) -> bool:
+    return value % 16 == 0 if isinstance(value, int) else isinstance(value, torch.Tensor)
+
+
+def _resources(compiled) -> dict[str, int]:
+    """Registers of a thread and bytes of its stack, from the binary."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    return {"registers": int(match[1]), "stack": int(match[2])} if match else {}
+
+
+def calls(names: list[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Label and call: sizes such as a model has, in every format that the op has a case of, in float16 and bfloat16."""
+    from qcompiler.gpu import implementation
+    from qcompiler.ops import SPECS
+
+    for name in names:
+        spec = SPECS[name]
+        seen = set()
+        for case in spec.cases():
+            kind = (case.label.split(" ")[0], case.attributes.get("activation"))
+            if kind in seen:
+                continue
+            seen.add(kind)
+            tensors = [None if case.inputs.get(i.name) is None else torch.from_numpy(case.inputs[i.name]) for i in spec.inputs]
+            values = spec.values(case.attributes)
+            for dtype in (torch.float16, torch.bfloat16, torch.float32):
+                given = [t.to(dtype) if t is not None and i.name == "x" else t for t, i in zip(tensors, spec.inputs, strict=True)]
+                yield f"{name} {dtype} {case.label}", partial(implementation(name), *given, *values)
+
+
+if __name__ == "__main__":
+    with compiling(int(sys.argv[1]), lambda found: print(json.dumps(found))):
+        for label, call in calls(sys.argv[2:]):
+            print(json.dumps({"call": label}))
+            call()

@@ -1,0 +1,32 @@
+"""Every kernel compiles for real GPUs, though none is there: `tests/gpu/compile_launches.py` in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def compiled(capability: int, *arguments: str) -> list[dict]:
+    command = [sys.executable, "-m", "tests.gpu.compile_launches", str(capability), *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stdout[-500:] + run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [75, 80, 90])
+@pytest.mark.parametrize("op", ["linear_nbit", "linear_mixed", "linear_experts_nbit", "embedding_nbit"])
+def test_every_format_compiles_without_spilling(op: str, capability: int) -> None:
+    found = [line for line in compiled(capability, op) if "kernel" in line]
+    assert found and not [line for line in found if line["stack"] > 0]
+    # What a block may have of shared memory on the GPUs of this generation.
+    assert max(line["shared"] for line in found) <= {75: 64, 80: 99, 90: 227}[capability] << 10
