@@ -13,6 +13,7 @@ from transformers.exporters.utils import get_leaf_tensors
 from qcompiler.capture.ports import Port, input_port, output_port
 from qcompiler.capture.prepared import Prepared
 from qcompiler.errors import UnsupportedError
+from qcompiler.evaluate.windows import Context
 
 # A graph that takes so many tokens at once takes as many as any session gives it; or is right for any text.
 ANY_STEP, _ANY_TEXT = 256, 1 << 17
@@ -147,7 +148,7 @@ def _last(holds: Callable[[int], bool], first: int, most: int) -> int:
 def _positions(module: torch.nn.Module) -> int | None:
     """How many positions a model has, beyond which it has nothing to compute with."""
     config = getattr(module, "config", None)
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return None if config is None else Context.of_config(config).positions
 
 
 def longest(module: torch.nn.Module, prepared: Prepared, limit: int) -> int:

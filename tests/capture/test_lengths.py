@@ -46,7 +46,8 @@ def test_any_other_says_nothing_of_it(tmp_path: Path) -> None:
     assert "longest" not in result.manifest and Session(tmp_path / "out").artifact.longest is None
 
 
-def test_the_end_of_a_model_s_positions_is_no_limit_of_the_trace(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", ["gpt_neo", "mpt"])  # two names for how many positions there are
+def test_the_end_of_a_model_s_positions_is_no_limit_of_the_trace(model_type: str, tmp_path: Path) -> None:
     # Its code asks whether the text fills the table of positions, which leaves a guard there.
-    result = qcompiler.compile(tiny("gpt_neo"), output=tmp_path / "out", recipe="int8", samples=0)
+    result = qcompiler.compile(tiny(model_type), output=tmp_path / "out", recipe="int8", samples=0)
     assert result.manifest["cache"].get("step") is None
