@@ -1,0 +1,86 @@
+"""tools/bench/gpu-solver: layers and their sizes, sums, a small run on the CPU, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.runtime.fake_gpu import fake_gpus
+from tools.bench import gpu_solver
+from tools.bench.gpu_solver import LAYERS, Layer
+
+
+def test_the_layers_are_those_of_a_block_of_a_70b_model() -> None:
+    assert sum(layer.count * layer.n * layer.k for layer in LAYERS) * 80 == 68_451_041_280
+    assert sum(layer.count for layer in LAYERS) == 7
+
+
+def test_shrunk_layers_keep_whole_codebooks() -> None:
+    assert Layer("x", 28672, 8192, 2).shrunk(32) == Layer("x", 768, 256, 2)
+    assert LAYERS[0].shrunk(1) == LAYERS[0]
+    assert Layer("x", 1024, 8192).shrunk(1000) == Layer("x", 256, 256)
+
+
+def test_moments_are_symmetric_positive_and_the_same_again() -> None:
+    layer = Layer("x", 256, 256)
+    weight, hessian = gpu_solver.random_layer(layer, torch.device("cpu"), 3)
+    assert weight.shape == hessian.shape == (256, 256)
+    assert torch.linalg.eigvalsh(hessian.double()).min() > 0
+    torch.testing.assert_close(hessian, hessian.T)
+    again = gpu_solver.random_layer(layer, torch.device("cpu"), 3)
+    assert torch.equal(weight, again[0]) and torch.equal(hessian, again[1])
+
+
+def measured(layer: str, count: int, seconds: float) -> dict:
+    return {"layer": layer, "count": count, "solver": "s", "seconds": seconds}
+
+
+def test_sums_count_a_layer_as_often_as_a_block_has_it() -> None:
+    every = [measured(layer.name, layer.count, 1.5) for layer in LAYERS]
+    (found,) = gpu_solver.sums(every)
+    assert found == {"solver": "s", "block_seconds": 10.5, "model_seconds": 840.0, "whole": True}
+    assert gpu_solver.sums(every[1:])[0]["whole"] is False
+
+
+def test_a_small_run_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "found.json"
+    arguments = ["--device", "cpu", "--shrink", "1000", "--layers", "v", "--json", str(path)]
+    assert gpu_solver.main(arguments) == 0
+    found = json.loads(path.read_text())
+    assert [one["solver"] for one in found["measured"]] == list(gpu_solver.solvers())
+    assert all(one["seconds"] > 0 and (one["n"], one["k"]) == (256, 256) for one in found["measured"])
+    text = capsys.readouterr().out
+    assert "SHRUNK by 1000" in text and "SOME of a block" in text
+
+
+def test_without_a_gpu_one_line_says_so(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpus(monkeypatch, count=0)
+    assert gpu_solver.main([]) == 4
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and "--device cpu --shrink 32" in captured.err
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["--solvers", "awq"], "expected some of gptq int4-g128"),
+        (["--layers", "lm_head"], "unknown layer 'lm_head'; known: q, o, k, v, gate, up, down"),
+        (["--shrink", "0"], "--shrink is 0"),
+        (["--repeats", "0"], "--repeats 0"),
+    ],
+)
+def test_what_is_not_understood_is_refused(arguments: list[str], words: str, capsys: pytest.CaptureFixture) -> None:
+    assert gpu_solver.main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_layer_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def full(*_):
+        raise torch.OutOfMemoryError("Tried to allocate 3 GiB\nmore")
+
+    monkeypatch.setattr(gpu_solver, "random_layer", full)
+    assert gpu_solver.main(["--device", "cpu", "--shrink", "64"]) == 6
+    assert "q, o (256 x 256) does not fit on cpu: Tried to allocate 3 GiB" in capsys.readouterr().err
