@@ -9,7 +9,7 @@ encoder-decoder class, a small model is made (`tiny_configurations.py`), and in 
   captured   `prepare` and the exporter give a graph that computes what the model computes: for decoders in pieces of
              1, 6, 1, 5 and 1 tokens, without a cache at the lengths 1, 2, 7, 14, 40 and 63, for encoders at other batches and
              lengths than it was traced with, for encoder-decoders at other lengths of both texts; of models that take more
-             than text the text path alone
+             than text the text path alone; where the model's own code holds the length or the batch, a graph of fixed sizes
   compiled   `qcompiler compile` with recipe int4 (nothing is required to be covered), and a session computes what the
              fake-quantized torch graph computes: within 1e-4 of the largest output with float activations
 """
@@ -24,6 +24,7 @@ import sys
 import time
 import traceback
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from transformers.exporters.quantizers.base import ExportQuantizer  # noqa: E402
 PARITY, LOWERED = 1e-4, 1e-4  # relative to the largest output
 PIECES = (1, 6, 1, 5, 1)
 LENGTHS = (1, 2, 7, 14, 40, 63)  # of whole texts
+FIXED = 32  # tokens, where the length is held
 PAIRS = ((1, 1), (2, 9), (5, 2), (14, 33), (40, 5), (63, 63))  # of an encoder's and a decoder's text
 
 
@@ -191,6 +193,9 @@ def _how(prepared: Any) -> dict[str, Any]:
     """The form, where it is not what the kind of model says."""
     found = {"captured_as": prepared.kind, "whole_text": prepared.whole, "left_out": sorted(prepared.left_out)}
     found |= {"longest": prepared.longest, "shortest": prepared.shortest if prepared.shortest > 1 else None}
+    found |= {"fixed": None if prepared.fixed is None else asdict(prepared.fixed)}
+    found |= {"fallbacks": [fallback.node for fallback in prepared.fallbacks]}
+    found |= {"one_row": prepared.kind == "encoder" and "batch" not in prepared.axes["input_ids"].values()}
     return {key: value for key, value in found.items() if value}
 
 
@@ -230,15 +235,23 @@ def _exporter(model: Any, form: str) -> str | bool:
 
 
 def _capture(model: Any, form: str) -> Any:
-    """The captured and analysed graph, compared with the model."""
+    """The captured and analysed graph, compared with the model; of fixed sizes, where its code holds them."""
+    from qcompiler.capture.dimensions import FixedAxis
+    from qcompiler.capture.prepare import prepare
+
+    try:
+        return _compared(model, prepare(model, text_only=True))
+    except FixedAxis:
+        return _compared(model, prepare(model, text_only=True, fixed_length=FIXED))
+
+
+def _compared(model: Any, prepared: Any) -> Any:
     import torch
 
     from qcompiler.capture.capture import captured
     from qcompiler.capture.dimensions import program_ports
-    from qcompiler.capture.prepare import prepare
     from tests.captures import ANALYSE, NORMALISE, Analysed, Stepper, relative_error, run
 
-    prepared = prepare(model, text_only=True)
     graph = captured(prepared)
     reports = run(graph, NORMALISE) | run(graph, ANALYSE)
     generator = torch.Generator().manual_seed(2)
@@ -263,18 +276,41 @@ def _capture(model: Any, form: str) -> Any:
                 raise AssertionError(f"{new} tokens after {start}: differs from the model by {min(errors):.2g}")
         return Analysed(model, prepared, graph, reports, {})
     program_ports(prepared.export_torch(), prepared)  # refuses axes that the model's own code fixes
-    for batch, length in ((1, 5), (3, 17)):
+    rows = 3 if "batch" in prepared.axes["input_ids"].values() else 1
+    for batch, length in ((1, 5), (rows, 17)):
         feed = {"input_ids": torch.randint(3, _vocabulary(model), (batch, length), generator=generator)}
         for name in set(prepared.inputs) - {"input_ids"}:
             feed[name] = (torch.ones_like if "mask" in name else torch.zeros_like)(feed["input_ids"])
         if length > 9 and "attention_mask" in feed:
             feed["attention_mask"][-1, 9:] = 0
+        filled = _filled(prepared, feed)
+        # Where filling a text up changes it, the graph must compute what the model computes of it filled up.
+        given = feed if prepared.fixed is None or prepared.fixed.exact else filled
         with torch.no_grad():
-            expected, found = model(**feed, **prepared.switches), graph.module(**feed)
-        error = relative_error(found, expected)
+            expected, found = prepared.module(**given, **prepared.switches), graph.module(**filled)
+        error = relative_error(_cut(prepared, found, length), _cut(prepared, expected, length))
         if not error <= PARITY:
             raise AssertionError(f"batch {batch}, length {length}: differs from the model by {error:.2g}")
     return Analysed(model, prepared, graph, reports, {})
+
+
+def _filled(prepared: Any, feed: dict[str, Any]) -> dict[str, Any]:
+    """Texts at the one length that the graph has."""
+    from torch.nn.functional import pad
+
+    if prepared.fixed is None:
+        return feed
+    behind = {"input_ids": prepared.fixed.filler}
+    missing = prepared.fixed.tokens - feed["input_ids"].shape[1]
+    return {name: pad(tensor, (0, missing), value=behind.get(name, 0)) for name, tensor in feed.items()}
+
+
+def _cut(prepared: Any, outputs: Any, length: int) -> Any:
+    """Outputs without what comes of the filling."""
+    axes = {} if prepared.fixed is None else prepared.fixed.outputs
+    return {
+        name: tensor.narrow(axes[name], 0, length) if name in axes else tensor for name, tensor in _leaves(outputs).items()
+    }
 
 
 class _Nothing(ExportQuantizer):
@@ -349,7 +385,10 @@ def _compile(made: Any, folder: Path, form: str) -> dict[str, Any]:
     from tests.pipeline.rewire import float_artifact
     from tests.pipeline.test_architectures import FakeQuantized
 
-    recipe = replace(recipes.load("int4"), allow=Allow(min_coverage=0, fallbacks=1, text_only=True))
+    prepared = made.prepared
+    held = prepared.fixed is not None or _how(prepared).get("one_row", False)
+    allow = Allow(min_coverage=0, fallbacks=2, text_only=True, fixed_length=FIXED if held else False)
+    recipe = replace(recipes.load("int4"), allow=allow)
     result = qcompiler.compile(made.model, output=folder / "out", recipe=recipe, samples=0)
     fake = FakeQuantized(made, result.quantizer.context.solutions, result.quantizer.context.schemes, True)
     session = Session(float_artifact(folder / "out", folder / "float"), threads=1)
@@ -366,11 +405,12 @@ def _compile(made: Any, folder: Path, form: str) -> dict[str, Any]:
         found = fake.run(*leaves)
         return _pytree.tree_unflatten(_pytree.tree_leaves(found), made.graph.module._out_spec) if spec else found
 
-    if made.prepared.kind == "encoder-decoder" or made.prepared.whole is not None:
+    generates = any(info.role == "logits" for info in session.artifact.outputs)
+    if (prepared.kind == "encoder-decoder" and generates) or prepared.whole is not None:
         ids = torch.from_numpy(tokens[None])
-        given = feeds(made.prepared, ids)
+        given = feeds(prepared, _filled(prepared, {"input_ids": ids})["input_ids"])
         with torch.no_grad():
-            expected = next(iter(_leaves(module(**given)).values()))[0].numpy()
+            expected = next(iter(_leaves(module(**given)).values()))[0].numpy()[: len(tokens)]
         if "decoder_input_ids" in given:
             session.read(tokens)
         found = session.logits(given.get("decoder_input_ids", ids)[0].numpy())
@@ -387,10 +427,11 @@ def _compile(made: Any, folder: Path, form: str) -> dict[str, Any]:
             at += new
         error = float(np.abs(np.stack(found) - np.stack(expected)).max() / np.abs(np.stack(expected)).max())
     else:
-        feed = {name: torch.from_numpy(tokens[None]) for name in ("input_ids",)}
-        for name in set(arguments(made.prepared)) - {"input_ids"}:
+        feed = {"input_ids": torch.from_numpy(tokens[None])}
+        for name in set(arguments(prepared)) - {"input_ids"}:
             feed[name] = (torch.ones_like if "mask" in name else torch.zeros_like)(feed["input_ids"])
-        expected = module(**{name: feed[name] for name in arguments(made.prepared)})
+        filled = _filled(prepared, feed)
+        expected = _cut(prepared, module(**{name: filled[name] for name in arguments(prepared)}), len(tokens))
         run = session.run(**{name: value.numpy() for name, value in feed.items()})
         wanted = {info: value for info, value in _leaves(expected).items()}
         error = max(relative_error(torch.from_numpy(run[name]), wanted[name]) for name in run)

@@ -33,7 +33,12 @@ def _limited(result: dict[str, Any]) -> str:
     step = result.get("step", "any number")
     found = [f"{step} a step"] if step != "any number" and result["form"] == "decoder" else []
     found += ["whole text"] if result.get("whole_text") else []
-    found += [f"at most {result['longest']} tokens"] if result.get("longest") else []
+    if fixed := result.get("fixed"):
+        found.append(f"one length, {fixed['tokens']} tokens" + ("" if fixed["exact"] else ", filling up changes a text"))
+    elif result.get("longest"):
+        found.append(f"at most {result['longest']} tokens")
+    found += ["one text at a time"] if result.get("one_row") else []
+    found += ["as an encoder"] if result["form"] == "decoder" and result.get("captured_as") == "encoder" else []
     found += ["text path alone"] if result.get("left_out") else []
     return f" ({', '.join(found)})" if found else ""
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -10,6 +13,8 @@ from transformers import PreTrainedModel
 from qcompiler.capture.prepared import Prepared
 
 _BATCH, _LENGTH = 2, 11
+# By which some are told to keep what they computed, for the text after this one. Exporters know `use_cache` alone.
+_KEEPS = ("use_mems",)
 
 
 def prepare_encoder(model: PreTrainedModel, batch: int = _BATCH, length: int = _LENGTH) -> Prepared:
@@ -30,4 +35,19 @@ def prepare_encoder(model: PreTrainedModel, batch: int = _BATCH, length: int = _
     shapes = {name: dict.fromkeys(names, torch.export.Dim.AUTO) for name, names in axes.items()}
     # A decoder's backbone used as an encoder would return a cache that nobody reads.
     switches = {"use_cache": False, "return_dict": True}
+    if kept := [name for name in _KEEPS if name in accepted]:
+        model = _without(model, kept)
     return Prepared(model, inputs, shapes, "encoder", model.config.model_type, axes, switches)
+
+
+def _without(model: PreTrainedModel, switches: list[str]) -> PreTrainedModel:
+    """A shallow copy that runs with these switches off."""
+    part = copy.copy(model)
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **{**dict.fromkeys(switches, False), **kwargs})
+
+    part.forward = wrapped
+    return part

@@ -16,7 +16,9 @@ from qcompiler.capture.fixed import with_fixed_sizes
 from qcompiler.capture.left_out import left_out
 from qcompiler.capture.plain import prepare_module
 from qcompiler.capture.prepared import Prepared
+from qcompiler.capture.whole import GeneratesFromMore
 from qcompiler.errors import UnsupportedError, UsageError
+from qcompiler.pipeline.passes import Skip
 
 
 def prepare(
@@ -29,7 +31,8 @@ def prepare(
 ) -> Prepared:
     """Make a model ready for export.
 
-    A decoder language model, an encoder of text and an encoder-decoder of texts need no example. Everything else does: what
+    A decoder language model, an encoder of text and an encoder-decoder of texts need no example. A model that generates from more
+    than the text is an encoder, which is a fallback. Everything else does: what
     `forward` is called with, as a dict of keyword arguments, a tuple, or one tensor; `dynamic_shapes` then says which axes
     vary (default: axis 0 where the example has at least two rows). Of a model that takes more than text, the text path alone
     is prepared where `text_only` says so; of a model whose own code holds the length of a text, a graph of `fixed_length`
@@ -54,7 +57,21 @@ def prepare(
 def _of_text(model: PreTrainedModel) -> Prepared:
     if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         return prepare_encoder_decoder(model)
-    return prepare_decoder(model) if model.can_generate() else prepare_encoder(model)
+    if not model.can_generate():
+        return prepare_encoder(model)
+    try:
+        return prepare_decoder(model)
+    except GeneratesFromMore as error:
+        return _of_its_own_text(model, str(error))
+
+
+def _of_its_own_text(model: PreTrainedModel, reason: str) -> Prepared:
+    """A model that cannot be compiled to generate, as an encoder: what it computes of a text, its scores for every token."""
+    prepared = prepare_encoder(model)
+    said = f"an encoder in place of a decoder, what the model computes of a text alone: {reason}"
+    prepared.notes.append(said)
+    prepared.fallbacks.append(Skip("generation", said))
+    return prepared
 
 
 def _takes_more(model: PreTrainedModel, text_only: bool) -> bool:

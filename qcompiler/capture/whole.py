@@ -23,6 +23,10 @@ _SAME = 1e-3
 _CARRIES = ("use_cache", "use_mems", "cache", "past_key_values")
 
 
+class GeneratesFromMore(UnsupportedError):
+    """What a model generates from is not what it computes of the text."""
+
+
 def prepare_whole_text(model: PreTrainedModel, reason: str) -> Prepared:
     """One graph for a text of any length, batch 1. A token more costs the whole text once more.
 
@@ -30,7 +34,8 @@ def prepare_whole_text(model: PreTrainedModel, reason: str) -> Prepared:
         reason: what keeps the model's cache out of a graph. Where the model has one, that is a fallback.
 
     Raises:
-        UnsupportedError: the model does not run on tokens alone, or generates from something else.
+        GeneratesFromMore: the model runs on tokens alone, and generates from something else.
+        UnsupportedError: the model does not run on tokens alone.
     """
     description = model.config.model_type
     accepted = inspect.signature(model.forward).parameters
@@ -51,8 +56,13 @@ def prepare_whole_text(model: PreTrainedModel, reason: str) -> Prepared:
     )
     if any(parameter.is_meta for parameter in model.parameters()):
         return prepared
-    if (wrong := _differs(model, prepared)) is not None:
+    wrong, difference = _differs(model, prepared)
+    if wrong is not None:
         raise UnsupportedError(f"{description}: {reason}; without a cache {wrong}")
+    if difference > _SAME:
+        raise GeneratesFromMore(
+            f"it generates from more than the text, whose own logits differ by {difference:.2g} of the largest"
+        )
     changed = _looks_ahead(prepared)
     if changed > _SAME:
         prepared.causal = False
@@ -69,8 +79,10 @@ def tokens(model: PreTrainedModel, length: int = _LENGTH) -> torch.Tensor:
     return torch.arange(3, 3 + length).remainder(vocabulary)[None]
 
 
-def _differs(model: PreTrainedModel, prepared: Prepared) -> str | None:
-    """What is wrong with the whole text: the logits after its last token must be those that the model generates from."""
+def _differs(model: PreTrainedModel, prepared: Prepared) -> tuple[str | None, float]:
+    """What keeps the model from a whole text; and how far the logits after the last token, which must be those that the model
+    generates from, are from them, of the largest.
+    """
     ids = prepared.inputs["input_ids"]
     settings = GenerationConfig(do_sample=False, use_cache=False, bos_token_id=0, pad_token_id=0)
     try:
@@ -79,13 +91,12 @@ def _differs(model: PreTrainedModel, prepared: Prepared) -> str | None:
             found = model(input_ids=ids, **prepared.switches).logits
             generated: Any = cast(Any, model).generate(ids, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
     except Exception as error:
-        return f"it cannot be run on a whole text: {last_message(error)}"
+        return f"it cannot be run on a whole text: {last_message(error)}", 0.0
     if found.dim() != 3 or found.shape[:2] != ids.shape:
-        return f"its logits are {list(found.shape)}; expected [1, {_LENGTH}, vocabulary]"
-    difference = (found[:, -1] - generated.logits[0]).abs().max() / found.abs().max()
-    if difference <= _SAME or not found.any():
-        return None
-    return f"it generates from more than the text, whose own logits differ by {difference:.2g} of the largest"
+        return f"its logits are {list(found.shape)}; expected [1, {_LENGTH}, vocabulary]", 0.0
+    if not found.any():
+        return None, 0.0
+    return None, float((found[:, -1] - generated.logits[0]).abs().max() / found.abs().max())
 
 
 def _looks_ahead(prepared: Prepared) -> float:

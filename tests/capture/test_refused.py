@@ -33,10 +33,6 @@ REFUSED = {
         dict(SIZES, num_hidden_layers=3, head_dim=16, lru_width=32, attention_window_size=16),
         "recurrent_gemma: its own code holds the length of input_ids at 23",
     ),
-    "XLNetLMHeadModel": (
-        dict(vocab_size=64, d_model=32, n_layer=1, n_head=2, d_inner=32),
-        "xlnet: mems.0 goes from .*; without a cache it generates from more than the text",
-    ),
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from qcompiler.artifact.manifest import seal
 from qcompiler.capture.feeds import feed
 from qcompiler.capture.prepare import prepare
 from qcompiler.emit import _limits
-from qcompiler.errors import CapacityError, GateError, UnsupportedError
+from qcompiler.errors import CapacityError, GateError, UsageError
 from qcompiler.evaluate.evaluation import evaluate
 from qcompiler.evaluate.targets import open_target
 from qcompiler.recipe import Allow
@@ -242,6 +242,37 @@ class Otherwise(transformers.OpenAIGPTLMHeadModel):
         return {"input_ids": torch.cat([input_ids, input_ids[:, :1]], 1)}
 
 
-def test_a_model_that_generates_from_more_than_the_text_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="it generates from more than the text"):
-        prepare(build(Otherwise, transformers.OpenAIGPTConfig(**SIZES)))
+def test_a_model_that_generates_from_more_than_the_text_is_an_encoder_where_that_is_allowed(tmp_path: Path) -> None:
+    model = build(Otherwise, transformers.OpenAIGPTConfig(**SIZES))
+    message = r"(?s)1 fallbacks, 0 allowed:\n  generation: an encoder in place of a decoder.*generates from more than the text"
+    with pytest.raises(GateError, match=message):
+        qcompiler.compile(model, output=tmp_path / "out", recipe=RECIPE, samples=0)
+    recipe = replace(recipes.load("int8-weights"), allow=Allow(min_coverage=0, fallbacks=1))
+    result = qcompiler.compile(model, output=tmp_path / "out", recipe=recipe, samples=0)
+    assert result.manifest["kind"] == "encoder" and [port["name"] for port in result.manifest["outputs"]] == ["logits"]
+    session = Session(result.path, threads=1)
+    tokens = np.random.default_rng(2).integers(3, VOCABULARY, (2, 9))
+    with torch.no_grad():
+        expected = model(input_ids=torch.from_numpy(tokens)).logits.numpy()
+    assert np.abs(session.run(input_ids=tokens)["logits"] - expected).max() < 0.02 * np.abs(expected).max()
+    with pytest.raises(UsageError, match="is of kind 'encoder', not a decoder"):
+        generate(session, [5, 9])
+    text = tmp_path / "text"
+    text.write_text("The quick brown fox jumps over the lazy dog. ")
+    with pytest.raises(UsageError, match="does not predict the next token, so it has no perplexity"):
+        evaluate(session, text=[text], context=16, tokenizer=Letters())
+    against = evaluate(session, model, text=[text], context=16, tokenizer=Letters())
+    assert against["kind"] == "outputs" and against["outputs"]["logits"]["cosine"] > 0.999
+
+
+def test_what_a_model_keeps_for_the_next_text_is_no_output() -> None:
+    config = transformers.XLNetConfig(vocab_size=64, d_model=32, n_layer=1, n_head=2, d_inner=32)
+    model = build(transformers.XLNetLMHeadModel, config)
+    prepared = prepare(model)
+    assert prepared.kind == "encoder" and [fallback.node for fallback in prepared.fallbacks] == ["generation"]
+    given = {"input_ids": torch.arange(3, 30).reshape(3, 9), "attention_mask": torch.ones(3, 9, dtype=torch.long)}
+    given["attention_mask"][1, 4:] = 0
+    with torch.no_grad():
+        found, expected = captured(prepared).module(**given), model(**given)
+    assert list(found) == ["logits"]
+    torch.testing.assert_close(found["logits"], expected.logits)
