@@ -13,6 +13,7 @@ import onnxruntime
 
 from qcompiler.errors import UsageError
 from qcompiler.runtime.artifact import open_artifact
+from qcompiler.runtime.device import Dtype
 from qcompiler.runtime.session import Session
 
 
@@ -26,6 +27,7 @@ def bench(
     portable: bool = False,
     seed: int = 0,
     device: str = "cpu",
+    dtype: Dtype = "float32",
 ) -> dict[str, Any]:
     """Run a decoder `repeats` times over a random prompt, after one warm-up run.
 
@@ -35,7 +37,7 @@ def bench(
         `load_seconds`; `prefill_tokens_per_second` and `decode_tokens_per_second`, each `{"median", "min", "max",
         "samples"}` with one sample a run; `milliseconds_per_token` `{"median", "p10", "p90"}` over all single steps;
         `peak_rss_bytes` of this process (None where the system does not tell); and what was run: `prompt_tokens`,
-        `new_tokens`, `repeats`, `threads`, `cache`, `target`, `device`, `onnxruntime`, `file_bytes`.
+        `new_tokens`, `repeats`, `threads`, `cache`, `target`, `device`, `dtype`, `onnxruntime`, `file_bytes`.
 
     Raises:
         UsageError: a number is out of range, or the artifact is not a decoder.
@@ -53,7 +55,8 @@ def bench(
         prompt_tokens = min(prompt_tokens, min(room) - new_tokens)
     start = time.perf_counter()
     # The cache has its final size from the start, so that no run pays for its growth.
-    session = Session(artifact, threads=threads, portable=portable, capacity=prompt_tokens + new_tokens, device=device)
+    capacity = prompt_tokens + new_tokens
+    session = Session(artifact, threads=threads, portable=portable, capacity=capacity, device=device, dtype=dtype)
     load_seconds = time.perf_counter() - start
     random = np.random.default_rng(seed)
     prompt = random.integers(0, session.vocabulary, prompt_tokens)
@@ -80,12 +83,19 @@ def bench(
         "new_tokens": new_tokens,
         "repeats": repeats,
         "threads": threads,
-        "cache": artifact.cache.kind if artifact.cache is not None else None,
+        "cache": _cache_kind(session),
         "target": artifact.target,
         "device": device,
+        "dtype": dtype,
         "onnxruntime": onnxruntime.__version__,
         "file_bytes": sum(info.bytes for info in artifact.files.values()),
     }
+
+
+def _cache_kind(session: Session) -> str | None:
+    """`static` or `growing` for what runs in torch, else what the manifest says."""
+    cache = session.artifact.cache
+    return getattr(session.decoder, "cache_kind", None if cache is None else cache.kind)
 
 
 def _run(session: Session, prompt: np.ndarray, new_tokens: int) -> tuple[float, list[float]]:

@@ -80,17 +80,18 @@ def check_target(artifact: Artifact, place: Placement) -> None:
         )
 
 
-def find_device(name: str, kernels: bool = True) -> torch.device:
+def find_device(name: str, kernels: bool = True, dtype: Dtype = "float32") -> torch.device:
     """The device of that name, once it is known that this machine has it and that our kernels can run there.
 
     Args:
         name: see `device_name`.
         kernels: whether our own kernels are to run there; torch's alone ask for less.
+        dtype: of the activations that they are to take.
 
     Raises:
         UsageError: no such name.
         UnsupportedError: torch is missing or built without CUDA, there is no GPU or none of that number, Triton is missing,
-            or the GPU is too old.
+            or the GPU is too old for them or for `dtype`.
     """
     match = cast(re.Match[str], _DEVICE.fullmatch(device_name(name)))
     try:
@@ -117,7 +118,12 @@ def find_device(name: str, kernels: bool = True) -> torch.device:
         raise UnsupportedError(
             f"device {name}: our GPU kernels need Triton, which is not installed: pip install 'qcompiler[gpu]'"
         )
-    return torch.device("cuda", index)
+    found = torch.device("cuda", index)
+    if kernels:
+        from qcompiler.gpu.device import require
+
+        require(found, f"device {name}", getattr(torch, dtype))
+    return found
 
 
 def check_fits(device: torch.device, needed: dict[str, int], what: str, advice: str) -> None:

@@ -14,10 +14,11 @@ from qcompiler.errors import CapacityError, InputError, UnsupportedError, UsageE
 from qcompiler.runtime import library
 from qcompiler.runtime.artifact import Artifact, open_artifact
 from qcompiler.runtime.decoder import Decoder, OnnxDecoder
-from qcompiler.runtime.device import Placement, check_target
+from qcompiler.runtime.device import Dtype, Placement, check_target
 from qcompiler.runtime.fixed import cut, fill
 from qcompiler.runtime.options import check_onnxruntime, plain_options, session_options
-from qcompiler.runtime.torch_program import TorchDecoder, TorchProgram
+from qcompiler.runtime.torch_decoder import torch_decoder
+from qcompiler.runtime.torch_program import TorchProgram
 from qcompiler.runtime.whole import WholeText
 
 __all__ = ["Session", "check_onnxruntime", "session_options"]
@@ -42,6 +43,7 @@ class Session:
         capacity: positions that a shared cache has room for at the start; it grows by doubling, up to the context.
         providers: execution providers of ONNX Runtime.
         device: `cpu`, `cuda` or `cuda:N`; a GPU runs artifacts of target `torch`.
+        dtype: of float activations, keys and values and float weights: on a GPU `float16` and `bfloat16` too.
 
     Raises:
         InputError, GateError, UnsupportedError: see `open_artifact`; `find_device` where a device is named.
@@ -58,8 +60,9 @@ class Session:
         capacity: int | None = None,
         providers: Sequence[str] = ("CPUExecutionProvider",),
         device: str = "cpu",
+        dtype: Dtype = "float32",
     ) -> None:
-        place = Placement(device)
+        place = Placement(device, dtype)
         self.artifact = source if isinstance(source, Artifact) else open_artifact(source)
         context = self.artifact.context
         if capacity is not None and capacity < 1:
@@ -78,7 +81,7 @@ class Session:
             self._decoder = WholeText(self.artifact, self._outputs)
         elif self.artifact.kind == "decoder":
             if self._program is not None:
-                self._decoder = TorchDecoder(self._program)
+                self._decoder = torch_decoder(self._program, capacity)
             else:
                 assert self.onnx is not None
                 self._decoder = OnnxDecoder(self.onnx, self.artifact, capacity)

@@ -12,6 +12,7 @@ import numpy as np
 
 from qcompiler.errors import InputError, UnsupportedError
 from qcompiler.runtime.artifact import Artifact, TensorInfo
+from qcompiler.runtime.cache import START_CAPACITY
 from qcompiler.runtime.device import Placement, check_fits, find_device, tensor_bytes
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class TorchProgram:
                 f"{artifact.path} was compiled for torch, which is not installed: pip install 'qcompiler[compile]'"
             ) from error
         self._torch = torch
-        self.device = find_device(place.device)
+        self.device = find_device(place.device, dtype=place.dtype)
         if threads is not None:
             torch.set_num_threads(threads)
         self.artifact, self.place = artifact, place
@@ -59,13 +60,19 @@ class TorchProgram:
             self.module = torch.export.load(path).module(check_guards=False)
         except Exception as error:  # torch's loader has no error of its own
             raise InputError(f"{path} cannot be loaded by torch: {error}") from error
+        if place.dtype != "float32":
+            from qcompiler.runtime.precision import narrow
+
+            narrow(self.module, getattr(torch, place.dtype), artifact)
         if self.device.type != "cpu":
             self._move(capacity)
 
     def _move(self, capacity: int | None) -> None:
         from qcompiler.runtime.relocate import relocate
 
-        needed = {"the program": tensor_bytes(self.module), "its cache": cache_bytes(self.artifact, capacity)}
+        context = self.artifact.context or START_CAPACITY
+        cache = cache_bytes(self.artifact, capacity or min(START_CAPACITY, context), self.place.dtype)
+        needed = {"the program": tensor_bytes(self.module), "its cache": cache}
         check_fits(
             self.device, needed, str(self.artifact.path),
             "compile with fewer bits, ask for a smaller capacity, or free memory on the device",
@@ -74,7 +81,10 @@ class TorchProgram:
 
     def tensor(self, value: Any, info: TensorInfo) -> torch.Tensor:
         """An input as the program takes it: on its device, of its type."""
-        return self._torch.as_tensor(value).to(self.device)
+        from qcompiler.runtime.precision import input_dtype
+
+        tensor = self._torch.as_tensor(value)
+        return tensor.to(self.device, input_dtype(info, tensor.dtype, getattr(self._torch, self.place.dtype)))
 
     def call(self, given: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Every output by name, on the device; `given` holds arrays or tensors for every input."""
@@ -86,69 +96,22 @@ class TorchProgram:
 
     def run(self, given: dict[str, Any]) -> dict[str, np.ndarray]:
         """Every output by name, as an array."""
-        return {name: value.cpu().numpy() for name, value in self.call(given).items()}
+        return {name: _array(value) for name, value in self.call(given).items()}
 
 
-def cache_bytes(artifact: Artifact, capacity: int | None) -> int:
-    """Bytes of a decoder's cache of `capacity` positions; its states alone where none are asked for."""
+def _array(value: torch.Tensor) -> np.ndarray:
+    """On the CPU; of floats, float32."""
+    return (value.float() if value.is_floating_point() else value).cpu().numpy()
+
+
+def cache_bytes(artifact: Artifact, capacity: int, dtype: str = "float32") -> int:
+    """Bytes of a decoder's cache of `capacity` positions, its keys and values of `dtype`; 0 of a model without one."""
     if artifact.cache is None:
         return 0
     pasts = {past for past, _ in artifact.cache.pairs()}
     return sum(
-        math.prod((capacity or 0) if isinstance(size, str) else size for size in info.shape) * np.dtype(info.dtype).itemsize
+        math.prod(capacity if isinstance(size, str) else size for size in info.shape)
+        * (2 if dtype != "float32" and info.role != "past_state" else np.dtype(info.dtype).itemsize)
         for info in artifact.inputs
         if info.name in pasts
     )
-
-
-class TorchDecoder:
-    """A decoder of target `torch`: what `Session` needs (see `Decoder`). The cache grows by concatenation."""
-
-    def __init__(self, program: TorchProgram) -> None:
-        artifact = program.artifact
-        if artifact.cache is None:
-            raise UnsupportedError(f"{artifact.path} is a decoder without a cache, which cannot generate")
-        logits = [info for info in artifact.outputs if info.role == "logits"]
-        if not logits or not isinstance(logits[0].shape[-1], int):
-            raise InputError(f"{artifact.path}: no output with the role `logits` and a fixed last axis")
-        self._program, self._logits = program, logits[0].name
-        self.vocabulary = int(logits[0].shape[-1])
-        self._pairs = artifact.cache.pairs()
-        self.step = artifact.cache.step
-        self._infos = {info.name: info for info in artifact.inputs}
-        self.reset()
-
-    @property
-    def length(self) -> int:
-        return self._length
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self._length = 0
-        self._cache: dict[str, Any] = {past: _empty(self._infos[past]) for past, _ in self._pairs}
-
-    def run(self, tokens: np.ndarray, keep: int) -> np.ndarray:
-        """Append `tokens` [n] int64; the logits of the last `keep` of them, float32 [keep, vocabulary]."""
-        count, total = len(tokens), self._length + len(tokens)
-        feeds: dict[str, Any] = dict(self._cache)
-        for name, info in self._infos.items():
-            if info.role == "tokens":
-                feeds[name] = tokens[None].astype(info.dtype)
-            elif info.role == "positions":
-                lead = [dim if isinstance(dim, int) else 1 for dim in info.shape[:-1]]
-                feeds[name] = np.broadcast_to(np.arange(self._length, total, dtype=info.dtype), [*lead, count]).copy()
-            elif info.role == "mask":
-                feeds[name] = np.ones((1, total), info.dtype)
-            elif info.role == "token_types":
-                feeds[name] = np.zeros((1, count), info.dtype)
-            elif name not in feeds:
-                raise UnsupportedError(f"nothing is known to feed to the input {name!r} {list(info.shape)}")
-        results = self._program.call(feeds)
-        self._cache = {past: results[present] for past, present in self._pairs}
-        self._length = total
-        return results[self._logits][0, count - keep :].float().cpu().numpy()
-
-
-def _empty(info: TensorInfo) -> np.ndarray:
-    """A cache tensor of no positions; a state before the first token."""
-    return np.zeros([0 if isinstance(size, str) else size for size in info.shape], info.dtype)

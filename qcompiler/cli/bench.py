@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qcompiler.cli.options import add_device, add_json, positive
+from qcompiler.cli.options import add_device, add_dtype, add_json, positive
 
 NAME = "bench"
 HELP = "tokens per second of an artifact on this machine"
@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=positive, metavar="N", help="runs after one warm-up (default: 5)")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads inside an operator")
     add_device(parser, "where to run an artifact of target torch")
+    add_dtype(parser)
     parser.add_argument("--portable", action="store_true", help="measure without the op library")
     add_json(parser)
 
@@ -29,6 +30,7 @@ def execute(options: argparse.Namespace) -> int:
 
     names = ("prompt_tokens", "new_tokens", "repeats")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    result = bench(options.directory, threads=options.threads, portable=options.portable, device=options.device, **given)
+    given |= {"device": options.device, "dtype": options.dtype}
+    result = bench(options.directory, threads=options.threads, portable=options.portable, **given)
     show(benched_document(str(options.directory), result, options.portable), options.json)
     return 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qcompiler.cli.options import add_device, add_json, positive, reporter
+from qcompiler.cli.options import add_device, add_dtype, add_json, positive, reporter
 from qcompiler.errors import InputError
 
 NAME = "eval"
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stride", type=positive, metavar="N", help="tokens from one window to the next")
     parser.add_argument("--max-windows", type=positive, metavar="N", help="stop after so many windows")
     add_device(parser, "where to run models, and artifacts of target torch")
+    add_dtype(parser)
     add_json(parser)
 
 
@@ -43,6 +44,7 @@ def execute(options: argparse.Namespace) -> int:
             max_windows=options.max_windows,
             reporter=progress,
             device=options.device,
+            dtype=options.dtype,
         )
     show(evaluated_document(result), options.json)
     return 0

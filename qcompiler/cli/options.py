@@ -66,6 +66,13 @@ def add_device(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--device", type=device, metavar="D", default="cpu", help=f"{what}: cpu (default), cuda or cuda:N")
 
 
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """The option --dtype."""
+    from qcompiler.runtime.device import DTYPES
+
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of float activations; the short ones on a GPU")
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """The option --json."""
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")

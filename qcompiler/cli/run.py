@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qcompiler.cli.options import add_device, not_negative, positive
+from qcompiler.cli.options import add_device, add_dtype, not_negative, positive
 from qcompiler.errors import GateError, InputError, UsageError
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="apply the checkpoint's chat template to the prompt")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads inside an operator")
     add_device(parser, "where to run an artifact of target torch")
+    add_dtype(parser)
     parser.add_argument("--verify", action="store_true", help="check every file first, however large")
     parser.add_argument("--portable", action="store_true", help="run without the op library: same results, slowly")
 
@@ -54,7 +55,7 @@ def execute(options: argparse.Namespace) -> int:
     artifact = open_artifact(options.directory)
     options.prompt = _prompt(options.prompt)
     _check(artifact, options.verify)
-    session = Session(artifact, threads=options.threads, portable=options.portable, device=options.device)
+    session = Session(artifact, threads=options.threads, portable=options.portable, device=options.device, dtype=options.dtype)
     if artifact.kind in ("decoder", "encoder-decoder"):
         _generate(session, options)
     elif artifact.kind == "encoder":

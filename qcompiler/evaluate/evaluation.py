@@ -23,6 +23,7 @@ from qcompiler.evaluate.windows import Window, choose_context, cut
 
 if TYPE_CHECKING:
     from qcompiler.report.progress import Reporter
+    from qcompiler.runtime.device import Dtype
 
 SCHEMA = 1
 
@@ -41,6 +42,7 @@ def evaluate(
     threads: int | None = None,
     tokenizer: Any = None,
     device: str = "cpu",
+    dtype: Dtype = "float32",
 ) -> dict[str, Any]:
     """Measure `target`, and how far it is from `against`.
 
@@ -56,6 +58,7 @@ def evaluate(
         threads: threads for torch and for ONNX Runtime; None leaves it to them.
         tokenizer: a tokenizer, or a directory with one, where neither `target` nor `against` brings its own.
         device: `cpu`, `cuda` or `cuda:N`: where models and artifacts of target `torch` that are read here run.
+        dtype: of an artifact's float activations; a checkpoint's own model is in float32.
 
     Returns:
         A dict for JSON. Always: `schema`, `kind`, `target` (a label, never a path), `text` (its description),
@@ -78,7 +81,7 @@ def evaluate(
     """
     source = evaluation_source(text, max_windows)
     with _threads(threads):
-        models = [open_target(model, threads, device) for model in (target, against) if model is not None]
+        models = [open_target(model, threads, device, dtype) for model in (target, against) if model is not None]
         plan = plan_windows(models, source, context, stride, max_windows, tokenizer)
         if reporter is not None:
             reporter.stage("evaluate")

@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qcompiler.errors import InputError, UnsupportedError, UsageError
 from qcompiler.evaluate.tokens import Tokens, load_tokens
 from qcompiler.evaluate.windows import Context
+
+if TYPE_CHECKING:
+    from qcompiler.runtime.device import Dtype
 
 LOGITS = "logits"
 
@@ -50,7 +53,7 @@ class Target:
         self.label = self.label or self.name
 
 
-def open_target(source: Any, threads: int | None = None, device: str = "cpu") -> Target:
+def open_target(source: Any, threads: int | None = None, device: str = "cpu", dtype: Dtype = "float32") -> Target:
     """Bring `source` into the form of a `Target`.
 
     Args:
@@ -59,6 +62,7 @@ def open_target(source: Any, threads: int | None = None, device: str = "cpu") ->
             without a batch axis before).
         threads: threads of an artifact's session; None leaves it to ONNX Runtime.
         device: where what is read from a directory or the hub is to run; whatever is given open stays where it is.
+        dtype: of an artifact's float activations there.
 
     Raises:
         InputError: there is nothing of that name, or it cannot be read.
@@ -72,7 +76,7 @@ def open_target(source: Any, threads: int | None = None, device: str = "cpu") ->
         if (path / "manifest.json").is_file():
             from qcompiler.runtime.session import Session
 
-            return _of_session(Session(path, threads=threads, device=device))
+            return _of_session(Session(path, threads=threads, device=device, dtype=dtype))
         return _of_checkpoint(os.fspath(source), device)
     if hasattr(source, "artifact") and hasattr(source, "logits"):
         return _of_session(source)

@@ -59,6 +59,7 @@ LACKING = {
     "no GPU": (dict(count=0), "cuda:0", "torch finds no GPU"),
     "an index beyond the last": (dict(count=2), "cuda:2", r"has 2 GPUs \(cuda:0 to cuda:1\)"),
     "an index beyond the only one": (dict(count=1), "cuda:1", r"has 1 GPU \(cuda:0\)"),
+    "a GPU that is young enough": (dict(capability=(7, 0)), "cuda:0", "Fake GPU has compute capability 7.0, the kernels need"),
     "no Triton": (dict(triton=False), "cuda", r"Triton, which is not installed: pip install 'qcompiler\[gpu\]'"),
 }
 
