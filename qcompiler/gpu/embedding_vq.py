@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qcompiler.errors import InputError
+from qcompiler.errors import UnsupportedError
 from qcompiler.gpu import device, dispatch, vq_launch
 from qcompiler.gpu.vq_launch import Weight
 from qcompiler.ops.formats import VqFormat
@@ -18,8 +18,8 @@ def embedding_vq(
     Negative indices count from the end. A row outside the matrix is NaN: a device cannot raise an error in time.
 
     Raises:
-        UnsupportedError: a device that the kernels do not take.
-        InputError: no rule of the dispatch table fits, or one whose kernel is none of this op.
+        UnsupportedError: a device that the kernels do not take, a rule that names a kernel that is none of this op.
+        InputError: no rule of the dispatch table fits.
     """
     device.require(indices.device, "embedding_vq", torch.float32)
     format = VqFormat(dim, centroids, block_rows, block_columns, group)
@@ -32,6 +32,8 @@ def embedding_vq(
         device=device.name(indices.device),
     )  # fmt: skip
     if choice.kernel != "rows":
-        raise InputError(f"GPU dispatch table, {choice.place}: embedding_vq has no kernel {choice.kernel!r}, it has rows")
+        raise UnsupportedError(
+            f"embedding_vq: {choice.place} names kernel {choice.kernel!r}, which does not decode rows; there is rows"
+        )
     y = vq_launch.embed(flat, weight, columns=choice.config["block_k"], warps=choice.config["warps"])
     return y.view(*indices.shape, k)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 import triton
 
-from qcompiler.errors import InputError
+from qcompiler.errors import UnsupportedError
 from qcompiler.gpu import activations, device, dispatch, edges, vq_launch
 from qcompiler.gpu.vq_launch import Weight
 from qcompiler.ops.formats import ACTIVATION_BLOCK, Activation, VqFormat
@@ -30,8 +30,8 @@ def linear_vq(
     """The CUDA implementation of the op: y in the dtype of x, float32, float16 or bfloat16 `[..., n]` (half with a gate).
 
     Raises:
-        UnsupportedError: a device or dtype that the kernels do not take.
-        InputError: no rule of the dispatch table fits, or one whose kernel is none of this op.
+        UnsupportedError: a device or dtype that the kernels do not take, a rule that names a kernel that is none of this op.
+        InputError: no rule of the dispatch table fits.
     """
     device.require(x.device, "linear_vq", x.dtype)
     weight = Weight(
@@ -60,8 +60,9 @@ def product(
         rows=rows, outputs=weight.n, inputs=k, device=device.name(x.device),
     )  # fmt: skip
     if choice.kernel not in KERNELS:
-        raise InputError(
-            f"GPU dispatch table, {choice.place}: linear_vq has no kernel {choice.kernel!r}, it has {', '.join(KERNELS)}"
+        raise UnsupportedError(
+            f"linear_vq: {choice.place} names kernel {choice.kernel!r}, which does not compute {weight.format.label}; there are "
+            f"{', '.join(KERNELS)}"
         )
     a, sa = x, None
     if activation is not Activation.FLOAT:

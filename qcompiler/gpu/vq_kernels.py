@@ -4,8 +4,8 @@ A product is written as partial sums float32 `[splits, rows, n]`, a stretch of t
 their order, so results do not depend on which program ends first. Every output of a row meets all of it, so an activation that
 is not finite makes all of them infinite or NaN; what is not finite is then made NaN.
 
-`codes` are int32 words, `table` the words of entries (`vq_codes`); `like` is a pointer to what the numbers in them are, x itself
-where that is float16 or bfloat16.
+`codes` are int32 words, `table` the words of entries (`vq_codes`); `like` is a pointer to what the numbers in them are: x, or the
+scratch, where that is float16 or bfloat16.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def dequantize(
     book = books(at, column, across, BLOCK_ROWS, BLOCK_COLUMNS)
     begin = row_words(at, units, INDEX_BITS)
     level = levels(
-        codes, table, begin, segment, book, inside, k, table, DIM, CENTROIDS, INDEX_BITS, False, SEGMENT, BLOCK_N, True
+        codes, table, begin, segment, book, inside, k, weight, DIM, CENTROIDS, INDEX_BITS, False, SEGMENT, BLOCK_N, True
     )
     value = level.to(tl.float32) * factors(scales, book_scales, at, column, book, groups, inside, GROUP)[None, :]
     place = column + tl.arange(0, SEGMENT)

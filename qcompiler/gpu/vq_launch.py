@@ -162,14 +162,14 @@ def dot(
 
 
 def dequantize(
-    weight: Weight, dtype: torch.dtype, *, first: int = 0, count: int | None = None, block_n: int = 64, warps: int = 4
+    weight: Weight, dtype: torch.dtype, *, first: int = 0, count: int | None = None, block_n: int = 128, warps: int = 4
 ) -> torch.Tensor:
     """`count` rows of W from `first`, a multiple of 16, on: `[count, k]`, rounded to float32 and then to `dtype`."""
     count = weight.n - first if count is None else count
     made = torch.empty((count, weight.k), dtype=dtype, device=weight.codes.device)
     with device.on(made.device):
         vq_kernels.dequantize[cdiv(count, block_n), cdiv(weight.k, weight.segment)](
-            *weight.tensors(torch.int8), made, first, count, weight.k, *weight.sizes, **weight.constants, SEGMENT=weight.segment,
+            *weight.tensors(dtype), made, first, count, weight.k, *weight.sizes, **weight.constants, SEGMENT=weight.segment,
             BLOCK_N=block_n, num_warps=warps,
         )  # fmt: skip
     return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,6 +52,25 @@ def test_the_product_is_checked_against_the_weights_own_numbers(name: str) -> No
     expected = x.numpy() @ dequantized(where, FORMATS[name], tensors).T
     assert expected.shape == (3, 128)  # some rows are enough
     np.testing.assert_allclose(y.numpy()[:, :128], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+@pytest.mark.parametrize("name,kind", [("int4-g128", "float"), ("vq3", "int8")])
+def test_our_sides_run_the_kernel_that_they_name(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, in place of the op that a GPU has: a product that is right, as often as there are matrices."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are not interpreted where there is a GPU")
+    from qcompiler.gpu import implementation
+    from qcompiler.ops import torch_ops
+
+    monkeypatch.setattr(torch_ops, "overload", implementation)
+    opened = Ours(name, kind, torch.float16, TILES).open(case(16, 128), lambda size: 2)
+    assert len(opened.calls) == 2 and opened.error() < TOLERANCE
+    assert opened.about == {"kernel": "dot", "config": TILES.config}
+    assert Ours(name, kind).open(case(16, 128), lambda size: 1).about["kernel"] in ("gemv", "dot")
+    with pytest.raises(Skipped, match="names kernel 'rows', which does not compute"):
+        gpu.measure(Ours(name, kind, choice=Choice("rows", {"block_k": 512, "warps": 4})), case(16, 128), 2)
 
 
 def test_int8_activations_have_the_scales_that_a_format_takes() -> None:

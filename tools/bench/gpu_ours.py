@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qcompiler.errors import InputError
+from qcompiler.errors import UnsupportedError
 from qcompiler.ops import SPECS, layout, vq_layout
 from qcompiler.ops.formats import LAYOUT_VERSION, Activation, AffineFormat, VqFormat, WeightFormat
 from tools.bench.gpu_side import CHECKED, GpuCase, Opened, Skipped, several
@@ -133,11 +133,11 @@ class Ours:
             with dispatch.forced(choice.kernel, **choice.config):
                 return op(*inputs, *values)
 
-        weights = [dict(zip(tensors, parts, strict=True)) for parts in several(tuple(tensors.values()), matrices(size))]
         try:
-            product(weights[0])
-        except InputError as error:  # a candidate that the op does not have
+            product(tensors)
+        except UnsupportedError as error:  # a candidate that the op does not have
             raise Skipped(str(error)) from error
+        weights = [dict(zip(tensors, parts, strict=True)) for parts in several(tuple(tensors.values()), matrices(size))]
         some = torch.from_numpy(dequantized(case, self.format, tensors))
         calls = [partial(product, w) for w in weights]
         about = {"kernel": choice.kernel, "config": dict(choice.config)}
