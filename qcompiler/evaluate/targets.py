@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from qcompiler.runtime.device import Dtype
 
 LOGITS = "logits"
+# Of the largest logit: more than half precision on a device makes of the same numbers.
+_AHEAD = 0.05
 
 # Outputs of `transformers` models that are no result: caches, and what is only returned on request.
 _NOT_RESULTS = {"past_key_values", "hidden_states", "attentions", "cross_attentions", "loss"}
@@ -158,7 +160,20 @@ def _of_module(module: Any) -> Target:
     source = getattr(config, "_name_or_path", "")
     tokens = _tokens_in(Path(source)) if source else None
     context = Context() if config is None else Context.of_config(config)
-    return Target(name, run, _is_causal(module), tokens, context if both is None else context.shorter(1))
+    causal = _is_causal(module)
+    if causal and both is None and _looks_ahead(run, config):
+        causal = False
+    return Target(name, run, causal, tokens, context if both is None else context.shorter(1))
+
+
+def _looks_ahead(run: Callable[[np.ndarray], dict[str, np.ndarray]], config: Any) -> bool:
+    """Whether later tokens change the logits of earlier ones, beyond what another order of adding does."""
+    vocabulary = getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None) or 8
+    tokens = np.arange(3, 11) % vocabulary
+    whole, part = (run(given).get(LOGITS) for given in (tokens, tokens[:4]))
+    if whole is None or part is None or whole.shape[:1] != (8,) or part.shape != whole[:4].shape:
+        return False
+    return bool(np.abs(whole[:4] - part).max() > _AHEAD * np.abs(whole).max())
 
 
 def _two_texts(module: Any) -> int | None:

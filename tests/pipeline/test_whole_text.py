@@ -242,6 +242,11 @@ class Otherwise(transformers.OpenAIGPTLMHeadModel):
         return {"input_ids": torch.cat([input_ids, input_ids[:, :1]], 1)}
 
 
+def test_a_float_model_that_looks_ahead_has_no_perplexity_either() -> None:
+    assert open_target(build(LooksAhead, transformers.OpenAIGPTConfig(**SIZES))).causal is False
+    assert open_target(without_cache().model).causal is True
+
+
 def test_a_model_that_generates_from_more_than_the_text_is_an_encoder_where_that_is_allowed(tmp_path: Path) -> None:
     model = build(Otherwise, transformers.OpenAIGPTConfig(**SIZES))
     message = r"(?s)1 fallbacks, 0 allowed:\n  generation: an encoder in place of a decoder.*generates from more than the text"
