@@ -19,20 +19,34 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+EXPONENT = 150 << 23  # of 2^23 in float32
+HALF_EXPONENT = 25 << 10  # of 2^10 in float16
 WORD_COLUMNS = {8: 4, 4: 8, 3: 8, 2: 16}
 
 
 @triton.jit
-def load_words(words_ptr, rows, mask, first, words, V: tl.constexpr, BITS: tl.constexpr):
+def load_some(ptr, mask, ALL: tl.constexpr):
+    """A load of numbers that are read more than once, 0 where masked; a mask that is known to be true costs nothing."""
+    if ALL:
+        return tl.load(ptr, eviction_policy="evict_last")
+    else:
+        return tl.load(ptr, mask=mask, other=0.0, eviction_policy="evict_last")
+
+
+@triton.jit
+def load_words(words_ptr, rows, mask, first, words, V: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr):
     """Words `first` … `first + V - 1` of some rows of the weight, int32 `[V, R]`; 0 beyond `words`, the words of a row.
 
-    `rows` int64 `[R]` are rows of all the tiles, `mask` says which exist. With 3 bits `first` and V are multiples of 4.
+    `rows` int64 `[R]` are rows of all the tiles, `mask` says which exist; EVEN: `words` are a
+    multiple of V. With 3 bits `first` and V are multiples of 4.
     """
     tile = rows // 16
     if BITS == 3:
         J: tl.constexpr = V // 4
         unit = first // 4 + tl.arange(0, J)
-        inside = (unit < words // 4)[:, None] & mask[None, :]
+        inside = mask[None, :]
+        if not EVEN:
+            inside = inside & (unit < words // 4)[:, None]
         ptr = words_ptr + (tile * (words * 12) + rows % 16)[None, :] + (unit * 48)[:, None]
         b0 = tl.load(ptr, mask=inside, other=0, eviction_policy="evict_first")
         b1 = tl.load(ptr + 16, mask=inside, other=0, eviction_policy="evict_first")
@@ -42,7 +56,9 @@ def load_words(words_ptr, rows, mask, first, words, V: tl.constexpr, BITS: tl.co
         return tl.reshape(tl.permute(four, (0, 2, 3, 1)), [V, rows.shape[0]])
     else:
         word = first + tl.arange(0, V)
-        inside = (word < words)[:, None] & mask[None, :]
+        inside = mask[None, :]
+        if not EVEN:
+            inside = inside & (word < words)[:, None]
         ptr = words_ptr + (tile * (words * 16) + rows % 16)[None, :] + (word * 16)[:, None]
         loaded = tl.load(ptr, mask=inside, other=0, eviction_policy="evict_first")
         if BITS == 8:
@@ -61,27 +77,29 @@ def expand(words, V: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr, WORD_K: 
 
 
 @triton.jit
-def code_at(words, BIT: tl.constexpr, BITS: tl.constexpr, MINUS: tl.constexpr):
+def code_at(words, exponent, BIT: tl.constexpr, BITS: tl.constexpr, MINUS: tl.constexpr):
     """The code at a bit of each word, minus a constant, as float32.
 
-    The code becomes the low end of a mantissa, so that no conversion is needed, which takes four times as long as a sum.
+    The code becomes part of a mantissa, so that no conversion is needed, which takes longer than a sum. `exponent` is EXPONENT
+    as an argument of the kernel: an instruction holds one constant, and two would make two of `words & mask | exponent`.
     """
     at: tl.constexpr = BIT % 16
     if BIT >= 16:
         words = words >> 16
     mask: tl.constexpr = ((1 << BITS) - 1) << at
-    exponent: tl.constexpr = (150 - at) << 23  # of 2^(23 - at), where bit `at` of the mantissa is worth 1
+    # Of 2^(23 - at), where bit `at` of the mantissa is worth 1.
+    bits = (words & mask) | (exponent - (at << 23))
     one: tl.constexpr = float(1 << (23 - at)) + MINUS
-    return ((words & mask) | exponent).to(tl.float32, bitcast=True) - one
+    return bits.to(tl.float32, bitcast=True) - one
 
 
 @triton.jit
-def to_float(codes, minus, dtype: tl.constexpr):
-    """`codes − minus` in the dtype, exact; codes and minus int32 in 0 … 255."""
+def to_float(codes, minus, exponent, dtype: tl.constexpr):
+    """`codes − minus` in the dtype, exact; codes and minus int32 in 0 … 255; `exponent` as in `code_at`, of that dtype."""
     if dtype == tl.float16:
-        return (codes | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - (minus + 1024).to(tl.float16)
+        return (codes | exponent).to(tl.int16).to(tl.float16, bitcast=True) - (minus + 1024).to(tl.float16)
     else:
-        return ((codes | 0x4B000000).to(tl.float32, bitcast=True) - (minus + 8388608).to(tl.float32)).to(dtype)
+        return ((codes | exponent).to(tl.float32, bitcast=True) - (minus + 8388608).to(tl.float32)).to(dtype)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from qcompiler.gpu import device
-from qcompiler.gpu.codes import WORD_COLUMNS, expand, load_scales, load_words, load_zeros, to_float
+from qcompiler.gpu.codes import EXPONENT, WORD_COLUMNS, expand, load_scales, load_words, load_zeros, to_float
 from qcompiler.gpu.weight import Weight
 from qcompiler.ops.formats import TILE
 
@@ -24,7 +24,7 @@ INT_MM_COLUMNS = 16  # of which its operands have a multiple
 
 @triton.jit
 def _dequantize(
-    words_ptr, scales_ptr, zeros_ptr, out_ptr, first, last, k, stride, row_words, groups,
+    words_ptr, scales_ptr, zeros_ptr, out_ptr, first, last, k, stride, row_words, groups, exponent,
     BITS: tl.constexpr, GROUP: tl.constexpr, WORD_K: tl.constexpr, SYMMETRIC: tl.constexpr, CENTER: tl.constexpr,
     INTEGER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -33,7 +33,7 @@ def _dequantize(
     mask = lines < last
     V: tl.constexpr = BLOCK_K // WORD_K
     at = tl.program_id(1) * BLOCK_K
-    codes = expand(load_words(words_ptr, lines, mask, at // WORD_K, row_words, V, BITS), V, BLOCK_N, BITS, WORD_K)
+    codes = expand(load_words(words_ptr, lines, mask, at // WORD_K, row_words, V, BITS, False), V, BLOCK_N, BITS, WORD_K)
     columns = at + tl.arange(0, BLOCK_K)
     target = out_ptr + (local.to(tl.int64) * stride)[None, :] + columns[:, None]
     if INTEGER:
@@ -49,7 +49,7 @@ def _dequantize(
         else:
             minus = load_zeros(zeros_ptr, lines[None, :], groups, group, inside, BITS)
         scale = load_scales(scales_ptr, lines[None, :], groups, group, inside)
-        values = (to_float(codes, minus, tl.float32) * scale).to(out_ptr.dtype.element_ty)
+        values = (to_float(codes, minus, exponent, tl.float32) * scale).to(out_ptr.dtype.element_ty)
     tl.store(target, values, mask=mask[None, :] & (columns < stride)[:, None])
 
 
@@ -62,7 +62,8 @@ def dequantize(weight: Weight, first: int, last: int, stride: int, out: torch.Te
     grid = (triton.cdiv(last - first, BLOCK_N), triton.cdiv(stride, BLOCK_K))
     with device.on(out.device):
         _dequantize[grid](
-            weight.words, weight.scales, weight.zeros, out, first, last, weight.k, stride, weight.row_words, weight.groups,
+            weight.words, weight.scales, weight.zeros, out, first, last, weight.k, stride, weight.row_words,
+            weight.groups, EXPONENT,
             BITS=bits, GROUP=weight.format.group, WORD_K=WORD_COLUMNS[bits], SYMMETRIC=weight.zeros is None,
             CENTER=weight.center, INTEGER=out.dtype == torch.int8, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=4,
         )  # fmt: skip

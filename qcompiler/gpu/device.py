@@ -10,9 +10,8 @@ import torch
 
 from qcompiler.errors import UnsupportedError
 
-# Turing: the first with int8 tensor cores, and the oldest that torch's and Triton's current builds still compile for.
-OLDEST = (7, 5)
-OLDEST_BFLOAT16 = (8, 0)
+# Ampere: what Triton supports, and it is no formality: for 7.5 it finds no tensor cores and refuses int8 products.
+OLDEST = (8, 0)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # What fills a device that cannot be asked: kernels that are interpreted.
 INTERPRETED_PROCESSORS = 2
@@ -76,19 +75,13 @@ def require(device: torch.device, op: str, dtype: torch.dtype) -> None:
         raise UnsupportedError(f"{op}: no GPU was found (torch {torch.__version__}, built for CUDA {torch.version.cuda})")
     elif (found := capability(_index(device))) < OLDEST:
         raise UnsupportedError(
-            f"{op}: {name(device)} has compute capability {_dotted(found)}, the kernels need {_dotted(OLDEST)} (Turing) or later"
+            f"{op}: {name(device)} has compute capability {_dotted(found)}, the kernels need {_dotted(OLDEST)} (Ampere) or later"
         )
     if dtype not in DTYPES:
         taken = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise UnsupportedError(f"{op}: x is {dtype}, the GPU kernels take {taken}")
-    if dtype == torch.bfloat16:
-        if device.type != "cuda":
-            raise UnsupportedError(f"{op}: Triton's interpreter does not compute in bfloat16; run it in float16 or float32")
-        if capability(_index(device)) < OLDEST_BFLOAT16:
-            raise UnsupportedError(
-                f"{op}: {name(device)} has no bfloat16 (compute capability {_dotted(capability(_index(device)))}, "
-                f"{_dotted(OLDEST_BFLOAT16)} needed); run it in float16 or float32"
-            )
+    if dtype == torch.bfloat16 and device.type != "cuda":
+        raise UnsupportedError(f"{op}: Triton's interpreter does not compute in bfloat16; run it in float16 or float32")
 
 
 def _dotted(capability: tuple[int, int]) -> str:

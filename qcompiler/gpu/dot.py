@@ -15,7 +15,7 @@ import triton.language as tl
 
 from qcompiler.gpu import device
 from qcompiler.gpu.activations import finite_or_nan
-from qcompiler.gpu.codes import WORD_COLUMNS, expand, load_scales, load_words, load_zeros, to_float
+from qcompiler.gpu.codes import EXPONENT, HALF_EXPONENT, WORD_COLUMNS, expand, load_scales, load_words, load_zeros, to_float
 from qcompiler.gpu.dispatch import splits
 from qcompiler.gpu.weight import Weight
 from qcompiler.ops.formats import ACTIVATION_BLOCK
@@ -24,10 +24,10 @@ from qcompiler.ops.formats import ACTIVATION_BLOCK
 @triton.jit
 def _dot(
     x_ptr, sa_ptr, words_ptr, scales_ptr, zeros_ptr, order_ptr, owner_ptr, partial_ptr,
-    rows, n, k, x_stride, sa_blocks, row_words, tiles, groups, experts, steps, steps_each,
+    rows, n, k, x_stride, sa_blocks, row_words, tiles, groups, experts, steps, steps_each, exponent,
     BITS: tl.constexpr, GROUP: tl.constexpr, WORD_K: tl.constexpr, SYMMETRIC: tl.constexpr, CENTER: tl.constexpr,
-    INTEGER: tl.constexpr, SA_WIDTH: tl.constexpr, EXPERT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    INTEGER: tl.constexpr, SA_WIDTH: tl.constexpr, EXPERT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
     split = tl.program_id(2)
@@ -54,8 +54,11 @@ def _dot(
     for step in range(split * steps_each, tl.minimum((split + 1) * steps_each, steps)):
         at = step * BLOCK_K
         place = row[:, None] * x_stride + (at + columns)[None, :]
-        a = tl.load(x_ptr + place, mask=there[:, None] & (at + columns < k)[None, :], other=0)
-        words = load_words(words_ptr, lines, mask, at // WORD_K, row_words, V, BITS)
+        seen = there[:, None]
+        if not EVEN_K:
+            seen = seen & (at + columns < k)[None, :]
+        a = tl.load(x_ptr + place, mask=seen, other=0)
+        words = load_words(words_ptr, lines, mask, at // WORD_K, row_words, V, BITS, EVEN_K)
         codes = expand(words, V, BLOCK_N, BITS, WORD_K)
         group = 0
         if GROUP > 0:
@@ -71,8 +74,7 @@ def _dot(
         elif INTEGER:
             w = (codes - minus).to(tl.int8)
         else:
-            w = to_float(codes, minus, dtype)
-            a = finite_or_nan(a)
+            w = to_float(codes, minus, exponent, dtype)
         if LATE:
             if INTEGER:
                 acc = tl.dot(a, w, acc, out_dtype=tl.int32)
@@ -99,7 +101,7 @@ def _dot(
     if SA_WIDTH < 0:
         total = total * tl.load(sa_ptr + row, mask=there, other=0.0)[:, None]
     target = partial_ptr + (split.to(tl.int64) * rows + row)[:, None] * n + outputs[None, :]
-    tl.store(target, total, mask=there[:, None] & (outputs < n)[None, :])
+    tl.store(target, finite_or_nan(total), mask=there[:, None] & (outputs < n)[None, :])
 
 
 def blocks_of_rows(expert: torch.Tensor, experts: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,9 +159,11 @@ def dot(
             _dot[(across, tiles, count)](
                 x, sa, weight.words, weight.scales, weight.zeros, order, owner, partial, rows, weight.n, weight.k, x.stride(0),
                 blocks, weight.row_words, weight.tiles, weight.groups, weight.experts, steps, each,
+                HALF_EXPONENT if x.dtype == torch.float16 else EXPONENT,
                 BITS=bits, GROUP=group, WORD_K=WORD_COLUMNS[bits], SYMMETRIC=weight.zeros is None, CENTER=weight.center,
                 INTEGER=sa is not None, SA_WIDTH=0 if sa is None else -1 if blocks == 1 else ACTIVATION_BLOCK,
-                EXPERT=sorted_rows is not None, BLOCK_M=block_m, BLOCK_N=config["block_n"], BLOCK_K=block_k,
+                EXPERT=sorted_rows is not None, EVEN_K=weight.k % block_k == 0, BLOCK_M=block_m,
+                BLOCK_N=config["block_n"], BLOCK_K=block_k,
                 num_warps=config["warps"], num_stages=config["stages"],
             )  # fmt: skip
     return partial

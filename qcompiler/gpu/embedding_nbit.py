@@ -8,13 +8,13 @@ import triton.language as tl
 
 from qcompiler.errors import InputError
 from qcompiler.gpu import device, dispatch
-from qcompiler.gpu.codes import WORD_COLUMNS, expand, load_scales, load_words, load_zeros, to_float
+from qcompiler.gpu.codes import EXPONENT, WORD_COLUMNS, expand, load_scales, load_words, load_zeros, to_float
 from qcompiler.gpu.weight import Weight, packed
 
 
 @triton.jit
 def _rows(
-    index_ptr, words_ptr, scales_ptr, zeros_ptr, y_ptr, n, k, row_words, groups,
+    index_ptr, words_ptr, scales_ptr, zeros_ptr, y_ptr, n, k, row_words, groups, exponent,
     BITS: tl.constexpr, GROUP: tl.constexpr, WORD_K: tl.constexpr, SYMMETRIC: tl.constexpr, CENTER: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -24,7 +24,7 @@ def _rows(
     line = tl.zeros([1], tl.int64) + tl.where(index < 0, index + n, index)
     known = (line >= 0) & (line < n)
     V: tl.constexpr = BLOCK_K // WORD_K
-    codes = expand(load_words(words_ptr, line, known, at // WORD_K, row_words, V, BITS), V, 1, BITS, WORD_K)
+    codes = expand(load_words(words_ptr, line, known, at // WORD_K, row_words, V, BITS, False), V, 1, BITS, WORD_K)
     columns = (at + tl.arange(0, BLOCK_K))[:, None]
     if GROUP == 0:
         group = columns * 0
@@ -35,7 +35,7 @@ def _rows(
         minus = tl.full([BLOCK_K, 1], CENTER, tl.int32)
     else:
         minus = load_zeros(zeros_ptr, line[None, :], groups, group, inside, BITS)
-    value = to_float(codes, minus, tl.float32) * load_scales(scales_ptr, line[None, :], groups, group, inside)
+    value = to_float(codes, minus, exponent, tl.float32) * load_scales(scales_ptr, line[None, :], groups, group, inside)
     tl.store(y_ptr + item * k + columns, value, mask=columns < k)
 
 
@@ -71,7 +71,7 @@ def embedding_nbit(indices, codes, scales, zeros, bits, group, n, k, layout_vers
     block = config["block_k"]
     with device.on(indices.device):
         _rows[(indices.numel(), triton.cdiv(k, block))](
-            indices.contiguous(), weight.words, weight.scales, weight.zeros, y, n, k, weight.row_words, weight.groups,
+            indices.contiguous(), weight.words, weight.scales, weight.zeros, y, n, k, weight.row_words, weight.groups, EXPONENT,
             BITS=bits, GROUP=group, WORD_K=WORD_COLUMNS[bits], SYMMETRIC=zeros is None, CENTER=weight.center,
             BLOCK_K=block, num_warps=config["warps"],
         )  # fmt: skip

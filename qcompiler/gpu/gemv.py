@@ -17,7 +17,7 @@ import triton.language as tl
 
 from qcompiler.gpu import device
 from qcompiler.gpu.activations import finite_or_nan
-from qcompiler.gpu.codes import WORD_COLUMNS, code_at, load_scales, load_words, load_zeros
+from qcompiler.gpu.codes import EXPONENT, WORD_COLUMNS, code_at, load_scales, load_some, load_words, load_zeros
 from qcompiler.gpu.dispatch import splits
 from qcompiler.gpu.weight import Weight
 
@@ -25,9 +25,10 @@ from qcompiler.gpu.weight import Weight
 @triton.jit
 def _gemv(
     x_ptr, sa_ptr, words_ptr, scales_ptr, zeros_ptr, expert_ptr, partial_ptr,
-    rows, n, k, x_stride, sa_blocks, row_words, tiles, groups, experts, steps, steps_each,
+    rows, n, k, x_stride, sa_blocks, row_words, tiles, groups, experts, steps, steps_each, exponent,
     BITS: tl.constexpr, GROUP: tl.constexpr, WORD_K: tl.constexpr, SYMMETRIC: tl.constexpr, CENTER: tl.constexpr,
-    SA_WIDTH: tl.constexpr, EXPERT: tl.constexpr, BLOCK_N: tl.constexpr, V: tl.constexpr,
+    SA_WIDTH: tl.constexpr, EXPERT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(2)
@@ -44,14 +45,13 @@ def _gemv(
     acc = tl.zeros([V, BLOCK_N], tl.float32)
     for step in range(split * steps_each, tl.minimum((split + 1) * steps_each, steps)):
         first = step * V
-        words = load_words(words_ptr, lines, mask, first, row_words, V, BITS)
-        start = (first + tl.arange(0, V)) * WORD_K
+        words = load_words(words_ptr, lines, mask, first, row_words, V, BITS, EVEN_K)
+        start = ((first + tl.arange(0, V)) * WORD_K)[:, None]
         part = tl.zeros([V, BLOCK_N], tl.float32)
-        sums = tl.zeros([V], tl.float32)
+        sums = tl.zeros([V, 1], tl.float32)
         for column in tl.static_range(WORD_K):
-            a = tl.load(x_ptr + start + column, mask=start + column < k, other=0.0, eviction_policy="evict_last").to(tl.float32)
-            a = finite_or_nan(a)
-            part += code_at(words, (column % 4) * 8 + (column // 4) * BITS, BITS, MINUS) * a[:, None]
+            a = load_some(x_ptr + start + column, start + column < k, EVEN_K).to(tl.float32)
+            part += code_at(words, exponent, (column % 4) * 8 + (column // 4) * BITS, BITS, MINUS) * a
             if not SYMMETRIC:
                 sums += a
         if GROUP == 0:
@@ -59,16 +59,16 @@ def _gemv(
         elif ONE_GROUP:
             group = tl.zeros([1, 1], tl.int32) + first * WORD_K // GROUP
         else:
-            group = (start // GROUP)[:, None]
+            group = start // GROUP
         inside = mask[None, :] & (group < groups)
         if not SYMMETRIC:
-            part -= load_zeros(zeros_ptr, lines[None, :], groups, group, inside, BITS).to(tl.float32) * sums[:, None]
+            part -= load_zeros(zeros_ptr, lines[None, :], groups, group, inside, BITS).to(tl.float32) * sums
         scale = load_scales(scales_ptr, lines[None, :], groups, group, inside)
         if SA_WIDTH > 0:
             block = start // SA_WIDTH
-            scale = scale * tl.load(sa_ptr + row * sa_blocks + block, mask=block < sa_blocks, other=0.0)[:, None]
+            scale = scale * tl.load(sa_ptr + row * sa_blocks + block, mask=block < sa_blocks, other=0.0)
         acc += part * scale
-    total = tl.sum(acc, 0)
+    total = finite_or_nan(tl.sum(acc, 0))
     if SA_WIDTH < 0:
         total = total * tl.load(sa_ptr + row)
     tl.store(partial_ptr + (split * rows + row) * n + outputs, total, mask=outputs < n)
@@ -99,9 +99,10 @@ def gemv(
         with device.on(x.device):
             _gemv[(rows, tiles, count)](
                 x, sa, weight.words, weight.scales, weight.zeros, expert, partial, rows, weight.n, weight.k, x.stride(0),
-                blocks, weight.row_words, weight.tiles, weight.groups, weight.experts, steps, each,
+                blocks, weight.row_words, weight.tiles, weight.groups, weight.experts, steps, each, EXPONENT,
                 BITS=bits, GROUP=weight.format.group, WORD_K=word, SYMMETRIC=weight.zeros is None, CENTER=weight.center,
                 SA_WIDTH=0 if sa is None else -1 if blocks == 1 else 128, EXPERT=expert is not None,
+                EVEN_K=weight.k % (words * word) == 0,
                 BLOCK_N=config["block_n"], V=words, num_warps=config["warps"], num_stages=config["stages"],
             )  # fmt: skip
     return partial

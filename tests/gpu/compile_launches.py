@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,28 +79,42 @@ def _resources(compiled) -> dict[str, int]:
     return {"registers": int(match[1]), "stack": int(match[2])} if match else {}
 
 
-def calls(names: list[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Label and call: sizes such as a model has, in every format that the op has a case of, in float16 and bfloat16."""
-    from qcompiler.gpu import implementation
+def calls(names: list[str], dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Label and call: a sample of the cases of each op, with kernels of the shipped table and dtypes in turn."""
+    from qcompiler.gpu import dispatch, implementation
     from qcompiler.ops import SPECS
+    from tests.gpu.parity import sample
 
+    rules = dispatch.load(dispatch.SHIPPED)[dispatch.GENERIC]
     for name in names:
         spec = SPECS[name]
-        seen = set()
-        for case in spec.cases():
-            kind = (case.label.split(" ")[0], case.attributes.get("activation"))
-            if kind in seen:
-                continue
-            seen.add(kind)
+        own = [r for r in rules if any(fnmatchcase(name, pattern) for pattern in r.patterns.get("op", ("*",)))]
+        configs = sorted({(r.kernel, tuple(r.config.items())) for r in own if r.kernel in ("gemv", "dot", "rows")})
+        for number, case in enumerate(sample(spec.cases())):
             tensors = [None if case.inputs.get(i.name) is None else torch.from_numpy(case.inputs[i.name]) for i in spec.inputs]
-            values = spec.values(case.attributes)
-            for dtype in (torch.float16, torch.bfloat16, torch.float32):
-                given = [t.to(dtype) if t is not None and i.name == "x" else t for t, i in zip(tensors, spec.inputs, strict=True)]
-                yield f"{name} {dtype} {case.label}", partial(implementation(name), *given, *values)
+            dtype = dtypes[number % len(dtypes)]
+            if spec.inputs[0].name == "x":
+                tensors[0] = tensors[0].to(dtype)
+            for kernel, config in configs:
+                if (kernel == "rows") == name.startswith("embedding"):
+                    call = partial(_forced, kernel, dict(config), implementation(name), *tensors, *spec.values(case.attributes))
+                    yield f"{name} {kernel} {dtype} {case.label}", call
+
+
+def _forced(kernel: str, config: dict[str, int], call: Callable[..., Any], *given: Any) -> None:
+    from qcompiler.gpu import dispatch
+
+    with dispatch.forced(kernel, **config):
+        call(*given)
+
+
+def main(capability: int, names: list[str]) -> None:
+    dtypes = (torch.float16, torch.float32) if capability < 80 else (torch.float16, torch.bfloat16, torch.float32)
+    with compiling(capability, lambda found: print(json.dumps(found), flush=True)):
+        for label, call in calls(names, dtypes):
+            print(json.dumps({"call": label}), flush=True)
+            call()
 
 
 if __name__ == "__main__":
-    with compiling(int(sys.argv[1]), lambda found: print(json.dumps(found))):
-        for label, call in calls(sys.argv[2:]):
-            print(json.dumps({"call": label}))
-            call()
+    main(int(sys.argv[1]), sys.argv[2:])

@@ -183,17 +183,15 @@ def test_dtypes_that_the_kernels_do_not_take() -> None:
         device.require(DEVICE, "linear_nbit", torch.float64)
 
 
-def test_a_gpu_that_is_too_old_or_has_no_bfloat16(monkeypatch) -> None:
+def test_a_gpu_that_is_too_old(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(device, "_name", lambda index: "Old GPU")
-    for found, dtype, message in (
-        ((7, 0), torch.float16, r"Old GPU has compute capability 7\.0, the kernels need 7\.5 \(Turing\) or later"),
-        ((7, 5), torch.bfloat16, r"Old GPU has no bfloat16 \(compute capability 7\.5, 8\.0 needed\)"),
-    ):
-        monkeypatch.setattr(device, "capability", lambda index, found=found: found)
-        with pytest.raises(UnsupportedError, match=message):
-            device.require(torch.device("cuda", 0), "linear_nbit", dtype)
-    device.require(torch.device("cuda", 0), "linear_nbit", torch.float16)
+    monkeypatch.setattr(device, "capability", lambda index: (7, 5))
+    with pytest.raises(UnsupportedError, match=r"Old GPU has compute capability 7\.5, the kernels need 8\.0 \(Ampere\) or"):
+        device.require(torch.device("cuda", 0), "linear_nbit", torch.float16)
+    monkeypatch.setattr(device, "capability", lambda index: (8, 0))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        device.require(torch.device("cuda", 0), "linear_nbit", dtype)
 
 
 def test_no_gpu(monkeypatch) -> None:
