@@ -42,6 +42,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "gemv_gather": ("block_n", "block_k", "split", "warps", "stages"),
     "dot": ("block_m", "block_n", "block_k", "split", "warps", "stages"),
     "dot_gather": ("block_m", "block_n", "block_k", "split", "warps", "stages"),
+    "dot_narrow": ("block_m", "block_n", "block_k", "split", "warps", "stages"),
     "matmul": ("chunk",),
     "int_mm": ("chunk",),
     "rows": ("block_k", "warps"),

@@ -2,6 +2,7 @@
 
     gemv, gemv_gather     a row or few, without tensor cores; the second looks entries up by `tl.gather`
     dot, dot_gather       rows in tiles of `block_m`, on tensor cores, entries as they are
+    dot_narrow            the same, looking up int8 for 16-bit activations too: half the memory, some more instructions
     matmul                W in the dtype of x, made anew in every call, `chunk` weights at a time, then torch.matmul
 
 The last one multiplies with a·sa in the dtype of x where activations are int8; the others take a as integers.
@@ -86,13 +87,13 @@ def _gemv(gather: bool):
     return run
 
 
-def _dot(gather: bool):
+def _dot(gather: bool, narrow: bool = False):
     def run(a, sa, weight: Weight, dtype: torch.dtype, config: Mapping[str, int]) -> torch.Tensor:
         programs = triton.cdiv(weight.n, config["block_n"]) * triton.cdiv(len(a), config["block_m"])
         steps = triton.cdiv(weight.k, weight.segment)  # a step is a segment of the format, whatever block_k says
         split = dispatch.splits(config["split"], programs, steps, device.processors(a.device))
         return vq_launch.dot(
-            a, sa, weight, rows=config["block_m"], block_n=config["block_n"], split=split, gather=gather,
+            a, sa, weight, rows=config["block_m"], block_n=config["block_n"], split=split, gather=gather, narrow=narrow,
             warps=config["warps"], stages=config["stages"],
         )  # fmt: skip
 
@@ -115,5 +116,6 @@ def _matmul(a, sa, weight: Weight, dtype: torch.dtype, config: Mapping[str, int]
 
 
 KERNELS = {
-    "gemv": _gemv(False), "gemv_gather": _gemv(True), "dot": _dot(False), "dot_gather": _dot(True), "matmul": _matmul,
+    "gemv": _gemv(False), "gemv_gather": _gemv(True), "dot": _dot(False), "dot_gather": _dot(True),
+    "dot_narrow": _dot(False, narrow=True), "matmul": _matmul,
 }  # fmt: skip

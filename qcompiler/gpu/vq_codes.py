@@ -108,9 +108,9 @@ def factors(scales, book_scales, at, column, book, groups, mask, GROUP: tl.const
 
 
 @triton.jit
-def number_of(words, J: tl.constexpr, like):
-    """Number J of entries in words: float16 or bfloat16 where `like`, a pointer, is to one, else int8."""
-    if like.dtype.element_ty == tl.float16 or like.dtype.element_ty == tl.bfloat16:
+def number_of(words, J: tl.constexpr, DIM: tl.constexpr, like):
+    """Number J of entries in words of DIM: int8, or where the words are twice as wide, what the pointer `like` is to."""
+    if words.dtype.primitive_bitwidth == 16 * DIM:
         number = (words >> (16 * J)).to(tl.int16).to(like.dtype.element_ty, bitcast=True)
     else:
         number = (words >> (8 * J)).to(tl.int8)

@@ -4,8 +4,7 @@ A product is written as partial sums float32 `[splits, rows, n]`, a stretch of t
 their order, so results do not depend on which program ends first. Every output of a row meets all of it, so an activation that
 is not finite makes all of them infinite or NaN; what is not finite is then made NaN.
 
-`codes` are int32 words, `table` the words of entries (`vq_codes`); `like` is a pointer to what the numbers in them are: x, or the
-scratch, where that is float16 or bfloat16.
+`codes` are int32 words, `table` the words of entries (`vq_codes`): of int8, or of the 16-bit type of x or of the scratch.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def gemv(
             else:
                 words = look_up(table, book, number, CENTROIDS, False, SPANS * BLOCK_N)
             for j in tl.static_range(DIM):
-                level = number_of(words, j, x).to(tl.float32)
+                level = number_of(words, j, DIM, x).to(tl.float32)
                 place = column + (4 * j + i)
                 present = given[:, None] & (place < k)[None, :]
                 value = tl.load(x + (begin_x + place[None, :]), mask=present, other=0).to(tl.float32)
@@ -87,7 +86,7 @@ def levels(
     Args:
         begin, inside: of the rows: `row_words`, and which to read.
         book: of each row, int64 `[BLOCK_N]`; all the same where GATHER.
-        like: see `number_of`.
+        like: see `number_of`: x, or the scratch.
     """
     SPAN: tl.constexpr = 4 * DIM
     SPANS: tl.constexpr = SEGMENT // SPAN
@@ -100,12 +99,12 @@ def levels(
     else:
         words = look_up(table, book[None, None, :], number, CENTROIDS, False, SPANS * 4 * BLOCK_N)
     if DIM == 1:
-        level = tl.reshape(number_of(words, 0, like), [SPANS, 4, BLOCK_N, 1])
+        level = tl.reshape(number_of(words, 0, DIM, like), [SPANS, 4, BLOCK_N, 1])
     elif DIM == 2:
-        level = tl.join(number_of(words, 0, like), number_of(words, 1, like))
+        level = tl.join(number_of(words, 0, DIM, like), number_of(words, 1, DIM, like))
     else:
-        even = tl.join(number_of(words, 0, like), number_of(words, 2, like))
-        odd = tl.join(number_of(words, 1, like), number_of(words, 3, like))
+        even = tl.join(number_of(words, 0, DIM, like), number_of(words, 2, DIM, like))
+        odd = tl.join(number_of(words, 1, DIM, like), number_of(words, 3, DIM, like))
         level = tl.reshape(tl.join(even, odd), [SPANS, 4, BLOCK_N, 4])
     if NATURAL:
         level = tl.permute(level, (0, 3, 1, 2))

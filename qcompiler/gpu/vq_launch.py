@@ -144,9 +144,12 @@ def gemv(
 
 def dot(
     a: torch.Tensor, sa: torch.Tensor | None, weight: Weight, *, rows: int = 16, block_n: int = 64, split: int = 1,
-    gather: bool = False, warps: int = 4, stages: int = 2,
+    gather: bool = False, narrow: bool = False, warps: int = 4, stages: int = 2,
 ) -> torch.Tensor:  # fmt: skip
-    """Partial sums float32 `[splits, rows, n]`, as `gemv`; `rows` are at least 16."""
+    """Partial sums float32 `[splits, rows, n]`, as `gemv`; `rows` are at least 16.
+
+    With `narrow` entries are looked up as int8 for 16-bit activations too.
+    """
     block_n = _gather_rows(weight, block_n, gather)
     segments = cdiv(weight.k, weight.segment)
     segments_of_split = cdiv(segments, max(1, min(split, segments)))
@@ -154,9 +157,9 @@ def dot(
     partials = a.new_empty((splits, a.shape[0], weight.n), dtype=torch.float32)
     with device.on(a.device):
         vq_kernels.dot[cdiv(weight.n, block_n), splits, cdiv(a.shape[0], rows)](
-            a, sa, *weight.tensors(a.dtype), partials, a.shape[0], weight.n, weight.k, segments_of_split, *weight.sizes,
-            cdiv(weight.k, ACTIVATION_BLOCK), **weight.constants, INTEGER=sa is not None, GATHER=gather, ROWS=rows,
-            SEGMENT=weight.segment, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
+            a, sa, *weight.tensors(torch.int8 if narrow else a.dtype), partials, a.shape[0], weight.n, weight.k,
+            segments_of_split, *weight.sizes, cdiv(weight.k, ACTIVATION_BLOCK), **weight.constants, INTEGER=sa is not None,
+            GATHER=gather, ROWS=rows, SEGMENT=weight.segment, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return partials
 

@@ -32,6 +32,8 @@ def candidates(side: Ours, rows: int, search: str) -> list[Choice]:
     if vq:
         found += [_gemv("gemv_gather", 64, 128, 4)] if rows <= 4 else []
         found += [_dot("dot_gather", _tiles(rows, False)[0], 64, 4, 1)]
+        if side.activations == "float":
+            found += [_dot("dot_narrow", _tiles(rows, False)[0], block_n, 4, 1) for block_n in (64, 128)]
     if rows >= 16:
         found += [Choice("matmul", {"chunk": chunk}) for chunk in (0, CHUNK)]
     if side.activations != "float" and not vq and not side.format.group and rows > 16:
