@@ -1,8 +1,8 @@
-"""Compiles, for a GPU that need not be there, every kernel launch of some calls: `python -m tests.gpu.compile_launches 90`.
+"""Compiles, for a GPU that need not be there, every kernel launch of a sample of calls: `python -m tests.gpu.compile_launches 90 OP`.
 
 The interpreter takes programs that the compiler refuses, and says nothing of registers. Here the host code runs on CPU tensors
 with the launch replaced: Triton compiles what would have run, with ptxas, for the given compute capability, and nothing runs.
-A line of JSON for each launch: kernel, registers, bytes spilled, shared memory.
+A line of JSON for each launch: kernel, registers, bytes of stack (what is spilled), instructions of the longest loop, shared memory.
 """
 
 from __future__ import annotations
@@ -69,14 +69,29 @@ def _aligned(value: Any) -> bool:
 
 
 def _resources(compiled) -> dict[str, int]:
-    """Registers of a thread and bytes of its stack, from the binary."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    """Registers of a thread, bytes of its stack, and instructions of the longest loop, from the binary."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
-    match = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    return {"registers": int(match[1]), "stack": int(match[2])} if match else {}
+        usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+        code = subprocess.run([tools / "nvdisasm", "-c", "-hex", file.name], capture_output=True, text=True).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert match, usage
+    return {"registers": int(match[1]), "stack": int(match[2]), "loop": _longest_loop(code)}
+
+
+def _longest_loop(code: str) -> int:
+    """Instructions between a branch backward and its target, of the longest; 0 without a loop."""
+    place, labels, longest = 0, {}, 0
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L\w+):", line):
+            labels[label[1]] = place
+        elif re.match(r"\s*/\*[0-9a-f]{4,}\*/\s", line):
+            place += 1
+            if branch := re.search(r"\bBRA\b.*\(?(\.L\w+)", line):
+                longest = max(longest, place - labels.get(branch[1], place))
+    return longest
 
 
 def calls(names: list[str], dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -160,6 +160,7 @@ def test_sdist_to_wheel_to_a_clean_environment(sources: Path, tmp_path: Path) ->
         == [name for name in inside if name.startswith("qcompiler/runtime/lib/libqcompiler_ops.")]
         != []
     )
+    assert "qcompiler/gpu/dispatch.json" in inside
     assert not [name for name in inside if name.endswith((".cpp", ".h", ".map", "CMakeLists.txt", "CMakePresets.json"))]
     assert not [name for name in inside if not name.startswith(("qcompiler/", "qcompiler-"))]
 
