@@ -167,6 +167,11 @@ class Artifact:
             raise InputError(f"{self.path}: the manifest lists no file {name!r}")
         return self.path / name
 
+    @property
+    def room(self) -> int | None:
+        """The longest text that it takes: the model's context, or less where the graph takes less; None where unknown."""
+        return min((most for most in (self.context, self.longest) if most is not None), default=None)
+
     def input(self, role: str) -> TensorInfo | None:
         """The input with that role, or None."""
         return next((info for info in self.inputs if info.role == role), None)

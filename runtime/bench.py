@@ -48,11 +48,10 @@ def bench(
     artifact = open_artifact(path)
     if artifact.kind not in ("decoder", "encoder-decoder"):
         raise UsageError(f"{artifact.path} is of kind {artifact.kind!r}; only decoders are measured in tokens a second")
-    room = [most for most in (artifact.context, artifact.longest) if most is not None]
-    if room:
-        if new_tokens >= min(room):
-            raise UsageError(f"new_tokens is {new_tokens}, but the model's context is {min(room)}")
-        prompt_tokens = min(prompt_tokens, min(room) - new_tokens)
+    if artifact.room is not None:
+        if new_tokens >= artifact.room:
+            raise UsageError(f"new_tokens is {new_tokens}, but the model's context is {artifact.room}")
+        prompt_tokens = min(prompt_tokens, artifact.room - new_tokens)
     start = time.perf_counter()
     # The cache has its final size from the start, so that no run pays for its growth.
     capacity = prompt_tokens + new_tokens

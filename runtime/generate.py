@@ -202,11 +202,11 @@ def _limit(session: Session, prompt_tokens: int, max_tokens: int | None) -> int:
             raise UsageError(f"max_tokens is {max_tokens}, expected at least 1")
         session.check_room(prompt_tokens + max_tokens)
         return max_tokens
-    room = [most for most in (session.artifact.context, session.artifact.longest) if most is not None]
-    if not room:
+    room = session.artifact.room
+    if room is None:
         raise UsageError("the model's context is not known: say how many tokens at most (max_tokens)")
     session.check_room(prompt_tokens + 1)
-    return min(room) - session.length - prompt_tokens
+    return room - session.length - prompt_tokens
 
 
 def _beginning(artifact: Artifact, begin: str | Sequence[int] | None, tokenizer: Tokenizer | None) -> Sequence[int]:

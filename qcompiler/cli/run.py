@@ -103,7 +103,7 @@ def _generate(session: Session, options: argparse.Namespace) -> None:
         from qcompiler.runtime.chat import render
 
         prompt = render(session.artifact, [{"role": "user", "content": prompt}])
-    bounded = options.max_tokens is not None or session.artifact.context is None
+    bounded = options.max_tokens is not None or session.artifact.room is None
     generation = generate(
         session,
         prompt,
