@@ -67,13 +67,57 @@ def load_words(words_ptr, rows, mask, first, words, V: tl.constexpr, BITS: tl.co
 
 
 @triton.jit
-def expand(words, V: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr, WORD_K: tl.constexpr):
-    """The codes of words `[V, R]`, int32 `[V · WORD_K, R]`, columns in order."""
-    column = tl.arange(0, WORD_K)
-    shift = (column % 4) * 8 + (column // 4) * BITS
-    mask: tl.constexpr = (1 << BITS) - 1
-    codes = (words[:, None, :] >> shift[None, :, None]) & mask
-    return tl.reshape(codes, [V * WORD_K, R])
+def expand(
+    words, minus, exponent, V: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr, WORD_K: tl.constexpr, dtype: tl.constexpr
+):
+    """`codes − minus` of words `[V, R]`, exact in the dtype: `[R, V · WORD_K]`, columns in order, those of a word in one thread.
+
+    Args:
+        minus: int32 in 0 … 255, of a shape that broadcasts to `[V, R]`.
+        exponent: as in `code_at`; HALF_EXPONENT where dtype is float16.
+        dtype: float32, float16, bfloat16 or int8.
+    """
+    if WORD_K == 4:
+        values = _four(words, minus, exponent, 0, BITS, dtype)
+    elif WORD_K == 8:
+        low, high = _four(words, minus, exponent, 0, BITS, dtype), _four(words, minus, exponent, BITS, BITS, dtype)
+        values = tl.permute(tl.join(low, high), (0, 1, 4, 2, 3))
+    else:
+        low = tl.join(_four(words, minus, exponent, 0, BITS, dtype), _four(words, minus, exponent, BITS, BITS, dtype))
+        high = tl.join(_four(words, minus, exponent, 2 * BITS, BITS, dtype), _four(words, minus, exponent, 3 * BITS, BITS, dtype))
+        values = tl.permute(tl.join(low, high), (0, 1, 5, 4, 2, 3))
+    return tl.reshape(tl.permute(tl.reshape(values, [V, R, WORD_K]), (1, 0, 2)), [R, V * WORD_K])
+
+
+@triton.jit
+def _four(words, minus, exponent, BIT: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
+    """A field of the four bytes of each word, `[…, 2, 2]`."""
+    if dtype == tl.float16:
+        return tl.join(_halves(words, minus, exponent, BIT, BITS), _halves(words >> 8, minus, exponent, BIT, BITS))
+    else:
+        even = tl.join(_field(words, minus, exponent, BIT, BITS, dtype), _field(words, minus, exponent, BIT + 16, BITS, dtype))
+        odd = tl.join(_field(words, minus, exponent, BIT + 8, BITS, dtype), _field(words, minus, exponent, BIT + 24, BITS, dtype))
+        return tl.join(even, odd)
+
+
+@triton.jit
+def _halves(words, minus, exponent, BIT: tl.constexpr, BITS: tl.constexpr):
+    """A field of bytes 0 and 2, `[…, 2]` float16: both become numbers at once."""
+    mask: tl.constexpr = (((1 << BITS) - 1) << BIT) * 0x10001
+    pair = (words & mask) | (exponent - (BIT << 10)) * 0x10001
+    both = tl.join(pair.to(tl.int16), (pair >> 16).to(tl.int16)).to(tl.float16, bitcast=True)
+    return both - (minus + (1 << (10 - BIT))).to(tl.float16)[:, :, None]
+
+
+@triton.jit
+def _field(words, minus, exponent, BIT: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
+    low: tl.constexpr = BIT % 8
+    mask: tl.constexpr = ((1 << BITS) - 1) << low
+    if dtype == tl.int8:
+        return (((words >> BIT) & ((1 << BITS) - 1)) - minus).to(tl.int8)
+    code = (words >> (BIT - low)) & mask  # a shift serves all fields of a byte
+    value = (code | (exponent - (low << 23))).to(tl.float32, bitcast=True)
+    return (value - (minus + (1 << (23 - low))).to(tl.float32)).to(dtype)
 
 
 @triton.jit
@@ -91,15 +135,6 @@ def code_at(words, exponent, BIT: tl.constexpr, BITS: tl.constexpr, MINUS: tl.co
     bits = (words & mask) | (exponent - (at << 23))
     one: tl.constexpr = float(1 << (23 - at)) + MINUS
     return bits.to(tl.float32, bitcast=True) - one
-
-
-@triton.jit
-def to_float(codes, minus, exponent, dtype: tl.constexpr):
-    """`codes − minus` in the dtype, exact; codes and minus int32 in 0 … 255; `exponent` as in `code_at`, of that dtype."""
-    if dtype == tl.float16:
-        return (codes | exponent).to(tl.int16).to(tl.float16, bitcast=True) - (minus + 1024).to(tl.float16)
-    else:
-        return ((codes | exponent).to(tl.float32, bitcast=True) - (minus + 8388608).to(tl.float32)).to(dtype)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from qcompiler.gpu import device
-from qcompiler.gpu.codes import EXPONENT, WORD_COLUMNS, expand, load_scales, load_words, load_zeros, to_float
+from qcompiler.gpu.codes import EXPONENT, WORD_COLUMNS, expand, load_scales, load_words, load_zeros
 from qcompiler.gpu.weight import Weight
 from qcompiler.ops.formats import TILE
 
@@ -33,24 +33,27 @@ def _dequantize(
     mask = lines < last
     V: tl.constexpr = BLOCK_K // WORD_K
     at = tl.program_id(1) * BLOCK_K
-    codes = expand(load_words(words_ptr, lines, mask, at // WORD_K, row_words, V, BITS, False), V, BLOCK_N, BITS, WORD_K)
+    words = load_words(words_ptr, lines, mask, at // WORD_K, row_words, V, BITS, False)
+    nothing = tl.zeros([1, BLOCK_N], tl.int32)
     columns = at + tl.arange(0, BLOCK_K)
-    target = out_ptr + (local.to(tl.int64) * stride)[None, :] + columns[:, None]
+    target = out_ptr + (local.to(tl.int64) * stride)[:, None] + columns[None, :]
     if INTEGER:
-        values = tl.where((columns < k)[:, None], codes - CENTER, 0).to(tl.int8)
+        values = expand(words, nothing + CENTER, exponent, V, BLOCK_N, BITS, WORD_K, tl.int8)
+        values = tl.where((columns < k)[None, :], values, 0)
     else:
         if GROUP == 0:
-            group = tl.zeros([BLOCK_K, 1], tl.int32)
+            group = tl.zeros([1, BLOCK_K], tl.int32)
         else:
-            group = (columns // GROUP)[:, None]
-        inside = mask[None, :] & (group < groups)
+            group = (columns // GROUP)[None, :]
+        inside = mask[:, None] & (group < groups)
         if SYMMETRIC:
-            minus = tl.full([1, BLOCK_N], CENTER, tl.int32)
+            minus = tl.full([BLOCK_N, 1], CENTER, tl.int32)
         else:
-            minus = load_zeros(zeros_ptr, lines[None, :], groups, group, inside, BITS)
-        scale = load_scales(scales_ptr, lines[None, :], groups, group, inside)
-        values = (to_float(codes, minus, exponent, tl.float32) * scale).to(out_ptr.dtype.element_ty)
-    tl.store(target, values, mask=mask[None, :] & (columns < stride)[:, None])
+            minus = load_zeros(zeros_ptr, lines[:, None], groups, group, inside, BITS)
+        scale = load_scales(scales_ptr, lines[:, None], groups, group, inside)
+        codes = expand(words, nothing, exponent, V, BLOCK_N, BITS, WORD_K, tl.float32)
+        values = ((codes - minus.to(tl.float32)) * scale).to(out_ptr.dtype.element_ty)
+    tl.store(target, values, mask=mask[:, None] & (columns < stride)[None, :])
 
 
 def dequantize(weight: Weight, first: int, last: int, stride: int, out: torch.Tensor) -> None:

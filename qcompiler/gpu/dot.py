@@ -15,7 +15,7 @@ import triton.language as tl
 
 from qcompiler.gpu import device
 from qcompiler.gpu.activations import finite_or_nan
-from qcompiler.gpu.codes import EXPONENT, HALF_EXPONENT, WORD_COLUMNS, expand, load_scales, load_words, load_zeros, to_float
+from qcompiler.gpu.codes import EXPONENT, HALF_EXPONENT, WORD_COLUMNS, expand, load_scales, load_words, load_zeros
 from qcompiler.gpu.dispatch import splits
 from qcompiler.gpu.weight import Weight
 from qcompiler.ops.formats import ACTIVATION_BLOCK
@@ -59,7 +59,6 @@ def _dot(
             seen = seen & (at + columns < k)[None, :]
         a = tl.load(x_ptr + place, mask=seen, other=0)
         words = load_words(words_ptr, lines, mask, at // WORD_K, row_words, V, BITS, EVEN_K)
-        codes = expand(words, V, BLOCK_N, BITS, WORD_K)
         group = 0
         if GROUP > 0:
             group = at // GROUP
@@ -69,12 +68,11 @@ def _dot(
             minus = load_zeros(zeros_ptr, lines, groups, group, mask, BITS)[None, :]
         if WIDE:
             minus = minus - CENTER  # of signed codes
-            w = (codes - CENTER).to(tl.int8)
+            taken = tl.full([1, BLOCK_N], CENTER, tl.int32)
             sums += tl.sum(a.to(tl.int32), 1)
-        elif INTEGER:
-            w = (codes - minus).to(tl.int8)
         else:
-            w = to_float(codes, minus, exponent, dtype)
+            taken = minus
+        w = tl.trans(expand(words, taken, exponent, V, BLOCK_N, BITS, WORD_K, dtype))
         if LATE:
             if INTEGER:
                 acc = tl.dot(a, w, acc, out_dtype=tl.int32)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from qcompiler.errors import InputError
 from qcompiler.gpu import device, dispatch
-from qcompiler.gpu.codes import EXPONENT, WORD_COLUMNS, expand, load_scales, load_words, load_zeros, to_float
+from qcompiler.gpu.codes import EXPONENT, WORD_COLUMNS, expand, load_scales, load_words, load_zeros
 from qcompiler.gpu.weight import Weight, packed
 
 
@@ -24,18 +24,19 @@ def _rows(
     line = tl.zeros([1], tl.int64) + tl.where(index < 0, index + n, index)
     known = (line >= 0) & (line < n)
     V: tl.constexpr = BLOCK_K // WORD_K
-    codes = expand(load_words(words_ptr, line, known, at // WORD_K, row_words, V, BITS, False), V, 1, BITS, WORD_K)
-    columns = (at + tl.arange(0, BLOCK_K))[:, None]
+    words = load_words(words_ptr, line, known, at // WORD_K, row_words, V, BITS, False)
+    codes = expand(words, tl.zeros([1, 1], tl.int32), exponent, V, 1, BITS, WORD_K, tl.float32)
+    columns = (at + tl.arange(0, BLOCK_K))[None, :]
     if GROUP == 0:
         group = columns * 0
     else:
         group = columns // GROUP
-    inside = known[None, :] & (columns < k)
+    inside = known[:, None] & (columns < k)
     if SYMMETRIC:
-        minus = tl.full([BLOCK_K, 1], CENTER, tl.int32)
+        minus = tl.full([1, BLOCK_K], CENTER, tl.int32)
     else:
-        minus = load_zeros(zeros_ptr, line[None, :], groups, group, inside, BITS)
-    value = to_float(codes, minus, exponent, tl.float32) * load_scales(scales_ptr, line[None, :], groups, group, inside)
+        minus = load_zeros(zeros_ptr, line[:, None], groups, group, inside, BITS)
+    value = (codes - minus.to(tl.float32)) * load_scales(scales_ptr, line[:, None], groups, group, inside)
     tl.store(y_ptr + item * k + columns, value, mask=columns < k)
 
 

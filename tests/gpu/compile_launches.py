@@ -1,8 +1,9 @@
-"""Compiles, for a GPU that need not be there, every kernel launch of a sample of calls: `python -m tests.gpu.compile_launches 90 OP`.
+"""Compiles, for a GPU that need not be there, what a sample of calls launches: `python -m tests.gpu.compile_launches 90 OP`.
 
 The interpreter takes programs that the compiler refuses, and says nothing of registers. Here the host code runs on CPU tensors
 with the launch replaced: Triton compiles what would have run, with ptxas, for the given compute capability, and nothing runs.
-A line of JSON for each launch: kernel, registers, bytes of stack (what is spilled), instructions of the longest loop, shared memory.
+A line of JSON for each launch: kernel, registers, bytes of stack (what is spilled), instructions of the longest loop, bytes of
+shared memory.
 """
 
 from __future__ import annotations
