@@ -6,6 +6,7 @@ import torch
 
 from qcompiler.errors import UnsupportedError
 from qcompiler.gpu import device, dispatch, vq_launch
+from qcompiler.gpu.embedding_nbit import check_indices
 from qcompiler.gpu.vq_launch import Weight
 from qcompiler.ops.formats import VqFormat
 
@@ -15,15 +16,17 @@ def embedding_vq(
 ):
     """The CUDA implementation of the op: W[indices], float32 `[..., k]`, bit-equal to the reference.
 
-    Negative indices count from the end. A row outside the matrix is NaN: a device cannot raise an error in time.
+    Negative indices count from the end.
 
     Raises:
+        InputError, RuntimeError: as `check_indices`.
         UnsupportedError: a device that the kernels do not take, a rule that names a kernel that is none of this op.
         InputError: no rule of the dispatch table fits.
     """
     device.require(indices.device, "embedding_vq", torch.float32)
     format = VqFormat(dim, centroids, block_rows, block_columns, group)
     weight = Weight(codes, codebooks, codebook_scales, scales, format, n, k).checked("embedding_vq", indices.device)
+    check_indices("embedding_vq", indices, n)
     flat = indices.reshape(-1).contiguous()
     if not flat.numel():
         return torch.empty((*indices.shape, k), device=indices.device)

@@ -3,7 +3,7 @@
     gemv, gemv_gather     a row or few, without tensor cores; the second looks entries up by `tl.gather`
     dot, dot_gather       rows in tiles of `block_m`, on tensor cores, entries as they are
     dot_narrow            the same, looking up int8 for 16-bit activations too: half the memory, some more instructions
-    matmul                W in the dtype of x, made anew in every call, `chunk` weights at a time, then torch.matmul
+    matmul                W in the dtype of x, made anew in every call, `chunk` bytes of it at a time, then torch.matmul
 
 The last one multiplies with a·sa in the dtype of x where activations are int8; the others take a as integers.
 """
@@ -104,7 +104,7 @@ def _matmul(a, sa, weight: Weight, dtype: torch.dtype, config: Mapping[str, int]
     n, k = weight.n, weight.k
     if sa is not None:
         a = (a.to(torch.float32) * sa.repeat_interleave(ACTIVATION_BLOCK, 1)[:, :k]).to(dtype)
-    chunk = config["chunk"] // k // CHUNK_ROWS * CHUNK_ROWS if config["chunk"] else n
+    chunk = config["chunk"] // (k * dtype.itemsize * CHUNK_ROWS) * CHUNK_ROWS if config["chunk"] else n
     chunk = min(max(chunk, CHUNK_ROWS), n)
     if chunk == n:
         return torch.matmul(a, vq_launch.dequantize(weight, dtype).t())[None]

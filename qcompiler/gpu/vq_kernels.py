@@ -195,7 +195,7 @@ def embed(
 ):  # fmt: skip
     """Row `indices[p]` of W, float32 `[positions, k]`. Programs: positions, SEGMENTS segments each.
 
-    Negative indices count from the end; one outside [-n, n) reads nothing and gives NaN.
+    Negative indices count from the end; one outside [-n, n), of which the host is told, reads nothing and gives NaN.
     """
     given = tl.load(indices + tl.program_id(0)) + tl.arange(0, 1)
     counted = tl.where(given < 0, given + n, given)

@@ -146,7 +146,7 @@ def test_a_scratch_in_parts_gives_the_same_bits():
     case = one_case(VqFormat(1, 8, 16, 128, 128), 3, 200, 128)
     with forced("matmul"):
         whole = parity.run(LINEAR, case)
-    with forced("matmul", chunk=64 * 128):
+    with forced("matmul", chunk=64 * 128 * 4):
         assert torch.equal(parity.run(LINEAR, case), whole)
 
 
@@ -175,16 +175,20 @@ def test_rows_of_every_embedding():
         parity.check(EMBEDDING, case)
 
 
-def test_rows_counted_from_the_end_and_rows_that_are_not_there():
+def test_rows_are_counted_from_the_end():
     case = ROWS[0]
-    n = case.attributes["n"]
+    turned = replace(case, inputs={**case.inputs, "indices": case.inputs["indices"] - case.attributes["n"]})
     expected = EMBEDDING.reference(case.inputs, case.attributes)
-    turned = replace(case, inputs={**case.inputs, "indices": case.inputs["indices"] - n})
     np.testing.assert_array_equal(parity.run(EMBEDDING, turned).cpu().numpy(), expected)
-    outside = replace(case, inputs={**case.inputs, "indices": np.array([0, n, -n - 1, -n])})
-    found = parity.run(EMBEDDING, outside)
-    assert found[1:3].isnan().all() and found[[0, 3]].isfinite().all()
-    assert torch.equal(found[0], found[3])
+
+
+@pytest.mark.skipif(parity.CUDA, reason="ends the program on a GPU")
+@pytest.mark.parametrize("beyond", (lambda n: n, lambda n: -n - 1), ids=("above", "below"))
+def test_rows_that_are_not_there(beyond):
+    case = ROWS[0]
+    outside = replace(case, inputs={**case.inputs, "indices": np.array([0, beyond(case.attributes["n"])])})
+    with pytest.raises(RuntimeError, match="embedding_vq: an index is outside"):
+        parity.run(EMBEDDING, outside)
 
 
 def test_no_rows_give_no_rows():

@@ -11,7 +11,7 @@ from qcompiler.ops.formats import VqFormat
 from tools.bench.gpu_ours import Choice, Ours
 
 SCHEMA = 1
-CHUNK = 33554432  # weights of a scratch: 64 MB of float16
+CHUNK = 33554432  # bytes of a scratch that stays in the second cache
 FEW, ALL = "few", "all"
 
 
