@@ -8,6 +8,7 @@ this module. docs/gpu.md has the format of the file.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -179,7 +180,9 @@ def _loaded(path: str) -> Table:
     return load(path)
 
 
-_override: ContextVar[Table | None] = ContextVar("qcompiler_gpu_dispatch", default=None)
+# A number of its own for each override, so that what was chosen under one is not taken for another's.
+_numbers = itertools.count(1)
+_override: ContextVar[tuple[int, Table]] = ContextVar("qcompiler_gpu_dispatch", default=(0, {}))
 
 
 @contextmanager
@@ -193,13 +196,11 @@ def override(table: Table | Mapping[str, Any] | str | os.PathLike[str]) -> Itera
         table = load(table)
     elif "schema" in table:
         table = parse(table, "given in the call")
-    token = _override.set(table)
-    _choose.cache_clear()
+    token = _override.set((next(_numbers), table))
     try:
         yield
     finally:
         _override.reset(token)
-        _choose.cache_clear()
 
 
 @contextmanager
@@ -212,9 +213,8 @@ def forced(kernel: str, **config: int) -> Iterator[None]:
 
 def tables() -> list[Table]:
     """The tables in the order in which they are looked at."""
-    given = _override.get()
     named = os.environ.get(VARIABLE)
-    return [*([given] if given is not None else []), *([_loaded(named)] if named else []), _loaded(str(SHIPPED))]
+    return [_override.get()[1], *([_loaded(named)] if named else []), _loaded(str(SHIPPED))]
 
 
 def choose(
@@ -233,11 +233,11 @@ def choose(
     Raises:
         InputError: no rule fits, or a table is none.
     """
-    return _choose(op, format, activation, dtype, rows, outputs, inputs, device, os.environ.get(VARIABLE))
+    return _choose(op, format, activation, dtype, rows, outputs, inputs, device, os.environ.get(VARIABLE), _override.get()[0])
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(op, format, activation, dtype, rows, outputs, inputs, device, variable) -> Choice:
+def _choose(op, format, activation, dtype, rows, outputs, inputs, device, variable, number) -> Choice:
     names = {"op": op, "format": format, "activation": activation, "dtype": dtype}
     sizes = {"rows": rows, "outputs": outputs, "inputs": inputs}
     for table in tables():
