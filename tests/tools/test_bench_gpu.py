@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import sys
@@ -314,13 +315,51 @@ def test_what_is_not_understood_is_refused_before_a_gpu_is_looked_for(arguments,
 def test_what_nvidia_smi_says_and_does_not_say() -> None:
     said = ", ".join(f"value {i}" for i in range(len(gpu.QUERY)))
     answers = lambda code, text: lambda command, **_: SimpleNamespace(returncode=code, stdout=text)  # noqa: E731
-    assert gpu.smi(0, answers(0, said + "\n"))["ecc.mode.current"] == "value 5"
-    assert set(gpu.smi(0, answers(9, "no devices")).values()) == {"unknown"}
+    assert gpu.smi("0", answers(0, said + "\n"))["ecc.mode.current"] == "value 5"
+    assert set(gpu.smi("0", answers(9, "no devices")).values()) == {"unknown"}
 
     def missing(command, **_):
         raise FileNotFoundError
 
-    assert set(gpu.smi(0, missing).values()) == {"unknown"}
+    assert set(gpu.smi("0", missing).values()) == {"unknown"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+def test_a_run_measures_every_side_that_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """On the CPU, with the graphs replaced: our kernel interpreted, float16 as torch has it there."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are not interpreted where there is a GPU")
+    from qcompiler.gpu import implementation
+    from qcompiler.ops import torch_ops
+
+    def samples(calls, replays: int) -> list[float]:
+        for call in calls:
+            call()
+        return [1e-6] * replays
+
+    monkeypatch.setattr(torch_ops, "overload", implementation)
+    monkeypatch.setattr(gpu, "gpu", lambda name: CPU)
+    monkeypatch.setattr(gpu, "machine", lambda device: results({})["machine"])
+    monkeypatch.setattr(gpu.torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(gpu_timing, "samples", samples)
+    monkeypatch.setattr(gpu_timing, "copies", lambda size: 2)
+    monkeypatch.setattr(gpu_timing, "COPY_BYTES", 1000)
+    arguments = ["--formats", "vq3", "--activations", "float", "--rows", "1,2", "--shapes", "16x128", "--replays", "3"]
+    found = gpu.run(gpu.options([*arguments, "--peers", "torch"]))
+    assert [(setting["n"], setting["k"], setting["rows"]) for setting in found["settings"]] == [(16, 128, 1), (16, 128, 2)]
+    for setting in found["settings"]:
+        assert list(setting["sides"]) == ["float16", "bfloat16", "vq3"]
+        vq3 = setting["sides"]["vq3"]
+        assert vq3["kernel"] == "dot" and vq3["ratios"]["float16"] == 1 and vq3["matrices"] == 2 and vq3["error"] < 0.001
+    assert found["copy"]["median"] == 2e9
+    assert set(found["skipped"]) == {"torch-int4-g32", "torch-int4-g128", "torch-int-mm"}
+    assert "vq3" in shown(found)
+
+    monkeypatch.setattr(gpu_dispatch, "candidates", lambda side, rows, search: [TILES, Choice("int_mm", {"chunk": 0}), WHOLE])
+    searched = gpu.measure(Ours("vq3"), case(16, 128, 2), 3, "few")
+    assert [one["kernel"] for one in searched["tried"]] == ["dot", "matmul"] and searched["kernel"] == "dot"
+    assert len(searched["failed"]) == 1 and searched["failed"][0].startswith("int_mm chunk=0: ")
 
 
 def test_a_run_goes_from_options_to_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -181,7 +181,8 @@ def gpu(name: str, instead: str = "tools/bench/kernels measures a CPU") -> torch
 def machine(device: torch.device) -> dict[str, Any]:
     """Name, driver, clocks, ECC, versions: what a figure cannot be read without."""
     properties = torch.cuda.get_device_properties(device)
-    asked = smi(device.index or 0)
+    uuid = getattr(properties, "uuid", None)  # numbers of nvidia-smi are not torch's where only some GPUs are visible
+    asked = smi(f"GPU-{uuid}" if uuid else str(device.index or 0))
     return {
         "device": properties.name, "capability": f"{properties.major}.{properties.minor}",
         "processors": properties.multi_processor_count, "memory_bytes": properties.total_memory,
@@ -192,10 +193,10 @@ def machine(device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def smi(index: int, run: Any = subprocess.run) -> dict[str, str]:
-    """What nvidia-smi says of a GPU; `unknown` where it does not."""
+def smi(gpu: str, run: Any = subprocess.run) -> dict[str, str]:
+    """What nvidia-smi says of a GPU, by its number or UUID; `unknown` where it does not."""
     try:
-        command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader"]
+        command = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader"]
         done = run(command, capture_output=True, text=True)
         values = [value.strip() for value in done.stdout.strip().split(",")] if done.returncode == 0 else []
     except OSError:
