@@ -37,6 +37,8 @@ SOME = [
     for kind in range(8)
     for activation in (Activation.FLOAT, Activation.INT8_BLOCK)
 ]
+# On a GPU nothing is slow.
+slow = (lambda test: test) if parity.CUDA else pytest.mark.slow
 TURNS = [(kernel, dtype) for dtype in parity.DTYPES for kernel in CONFIGS]
 
 
@@ -75,7 +77,7 @@ def test_parity_of_the_edges(number):
         parity.check(LINEAR, FEW[number])
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=parity.dtype_label)
 @pytest.mark.parametrize("kernel", CONFIGS)
 def test_parity_of_every_case(kernel, dtype):
@@ -104,7 +106,7 @@ def test_the_identity_gives_the_dequantized_weight_to_the_bit(number):
     check_identity(FORMATS[number], ("matmul", "dot", "dot_gather")[number % 3])
 
 
-@pytest.mark.slow
+@slow
 def test_the_identity_on_every_kernel_and_format():
     for format in FORMATS:
         for kernel in ("matmul", "dot", "dot_gather"):
@@ -169,7 +171,7 @@ def test_rows_of_an_embedding_have_the_bits_of_the_reference(case):
     parity.check(EMBEDDING, case)
 
 
-@pytest.mark.slow
+@slow
 def test_rows_of_every_embedding():
     for case in ROWS:
         parity.check(EMBEDDING, case)
@@ -194,6 +196,27 @@ def test_rows_that_are_not_there(beyond):
 def test_no_rows_give_no_rows():
     case = next(c for c in PLAIN if 0 in c.inputs["x"].shape)
     assert parity.run(LINEAR, case).shape == (0, case.attributes["n"])
+
+
+@pytest.mark.parametrize("dim", (1, 2, 4))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=parity.dtype_label)
+def test_words_hold_whole_entries_and_follow_their_codebooks(dim, dtype):
+    from qcompiler.gpu import vq_launch
+
+    codebooks = torch.from_numpy(np.random.default_rng(1).integers(-128, 127, (3, 2, dim, 16), np.int8))
+    numbers = torch.int8 if dtype == torch.float32 else dtype
+
+    def entries(words: torch.Tensor) -> torch.Tensor:
+        return words.contiguous().view(torch.uint8).view(numbers).view(3, 2, 16, dim)
+
+    words = vq_launch.entry_words(codebooks, dtype)
+    assert torch.equal(entries(words).float(), codebooks.transpose(2, 3).float())
+    assert vq_launch.entry_words(codebooks, dtype) is words
+    codebooks += 1
+    assert torch.equal(entries(vq_launch.entry_words(codebooks, dtype)).float(), codebooks.transpose(2, 3).float())
+    held = len(vq_launch._derived)
+    del codebooks
+    assert len(vq_launch._derived) == held - 1
 
 
 def test_what_the_table_names_must_be_a_kernel_of_the_op():
