@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 from qcompiler.gpu import device
+from qcompiler.ops.formats import Activation
+from qcompiler.ops.spec import Case
 
 OPTIONS = ("num_warps", "num_stages")
 
@@ -96,25 +97,38 @@ def _longest_loop(code: str) -> int:
 
 
 def calls(names: list[str], dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Label and call: a sample of the cases of each op, with kernels of the shipped table and dtypes in turn."""
-    from qcompiler.gpu import dispatch, implementation
+    """Label and call: a sample of the cases of each op, dtypes in turn, with the kernels that the shipped table has for them."""
+    from qcompiler.gpu import implementation
+    from qcompiler.gpu.linear_nbit import dtype_label
     from qcompiler.ops import SPECS
     from tests.gpu.parity import sample
 
-    rules = dispatch.load(dispatch.SHIPPED)[dispatch.GENERIC]
     for name in names:
         spec = SPECS[name]
-        own = [r for r in rules if any(fnmatchcase(name, pattern) for pattern in r.patterns.get("op", ("*",)))]
-        configs = sorted({(r.kernel, tuple(r.config.items())) for r in own if r.kernel in ("gemv", "dot", "rows")})
         for number, case in enumerate(sample(spec.cases())):
             tensors = [None if case.inputs.get(i.name) is None else torch.from_numpy(case.inputs[i.name]) for i in spec.inputs]
-            dtype = dtypes[number % len(dtypes)]
+            dtype = dtypes[number % len(dtypes)] if spec.inputs[0].name == "x" else torch.float32
             if spec.inputs[0].name == "x":
                 tensors[0] = tensors[0].to(dtype)
-            for kernel, config in configs:
-                if (kernel == "rows") == name.startswith("embedding"):
-                    call = partial(_forced, kernel, dict(config), implementation(name), *tensors, *spec.values(case.attributes))
-                    yield f"{name} {kernel} {dtype} {case.label}", call
+            for kernel, config in _configs(name, case, dtype_label(dtype)):
+                call = partial(_forced, kernel, config, implementation(name), *tensors, *spec.values(case.attributes))
+                yield f"{name} {kernel} {dtype} {case.label}", call
+
+
+def _configs(op: str, case: Case, dtype: str) -> list[tuple[str, dict[str, int]]]:
+    """Kernels of ours, and their configurations, that the shipped table has for a format, whatever the number of rows."""
+    from qcompiler.gpu import dispatch
+
+    format, activation = case.label.split(" ")[0], Activation(case.attributes.get("activation", 0)).label
+    found: list[tuple[str, dict[str, int]]] = []
+    for rows in (1, 3, 16, 64, 1 << 20):
+        choice = dispatch.choose(
+            op, format=format, activation=activation, dtype=dtype, rows=rows, outputs=4096, inputs=4096, device=dispatch.GENERIC
+        )
+        entry = (choice.kernel, dict(choice.config))
+        if choice.kernel not in ("matmul", "int_mm") and entry not in found:
+            found.append(entry)
+    return found
 
 
 def _forced(kernel: str, config: dict[str, int], call: Callable[..., Any], *given: Any) -> None:
