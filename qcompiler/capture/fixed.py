@@ -57,16 +57,17 @@ def with_fixed_sizes(prepared: Prepared, model: PreTrainedModel, wanted: int | b
 
 
 def _held(prepared: Prepared, length: int) -> tuple[str | None, int]:
-    """The axis that keeps a graph from texts of `length` tokens, None where it takes them; and how many nodes its trace has."""
+    """The axis that keeps a graph from texts of `length` tokens, None where it takes them; and how many nodes a trace has that
+    holds an axis, else 0.
+    """
     trial = replace(prepared)  # what is found out of it is found out again when it is exported
     program = export_torch(trial, None, traced_only=True)
-    nodes = len(program.graph.nodes)
     try:
         limit_lengths(program.module(), trial)
         program_ports(program, trial)
     except FixedAxis as error:
-        return error.name, nodes
-    return None if trial.longest is None or trial.longest >= length else "length", nodes
+        return error.name, len(program.graph.nodes)
+    return None if trial.longest is None or trial.longest >= length else "length", 0
 
 
 def fixed_length(model: PreTrainedModel, description: str, wanted: int | bool) -> int:
@@ -95,9 +96,9 @@ def _of_one_length(prepared: Prepared, model: PreTrainedModel, length: int, node
     """The same for texts of `length` tokens, and shorter ones that are filled up to it.
 
     Args:
-        nodes: of the trace of `prepared`.
+        nodes: of the trace of `prepared`, where that holds the length.
     """
-    growth = _growth(prepared, model, nodes)
+    growth = _growth(prepared, model, nodes) if nodes else 0.0
     made = _sized(prepared, model, length)
     filler = getattr(model.config.get_text_config(), "pad_token_id", None)
     filler = filler if isinstance(filler, int) and filler >= 0 and prepared.kind == "encoder" else 0
@@ -140,7 +141,10 @@ def _shapes(axes: dict[str, dict[int, str]]) -> dict[str, dict[int, object]]:
 
 def _growth(prepared: Prepared, model: PreTrainedModel, nodes: int) -> float:
     """How many nodes a trace grows by with each token; less than one is no loop over the tokens."""
-    fewer = len(export_torch(_sized(prepared, model, _SHORT), None, traced_only=True).graph.nodes)
+    try:
+        fewer = len(export_torch(_sized(prepared, model, _SHORT), None, traced_only=True).graph.nodes)
+    except UnsupportedError:  # a text too short for the model says nothing of its graph
+        return 0.0
     return (nodes - fewer) / (prepared.inputs[_TOKENS].shape[1] - _SHORT)
 
 

@@ -13,6 +13,7 @@ import transformers
 
 import qcompiler
 from qcompiler import recipe as recipes
+from qcompiler.capture.dimensions import program_ports
 from qcompiler.capture.feeds import feed
 from qcompiler.capture.fixed import fixed_length
 from qcompiler.capture.prepare import prepare
@@ -114,10 +115,10 @@ def words(tmp_path: Path) -> list[Path]:
     return [tmp_path / "text"]
 
 
-def test_without_leave_it_is_refused_and_told_what_to_allow(tmp_path: Path) -> None:
+def test_without_leave_it_is_refused_and_told_what_to_allow() -> None:
+    prepared = prepare(build(Listed))
     with pytest.raises(UnsupportedError, match=r"holds the length of input_ids at \d+, .*allow: \{fixed_length: N\}"):
-        compiled(Listed, tmp_path / "out", fixed_length=False)
-    assert not (tmp_path / "out").exists()
+        program_ports(prepared.export_torch(), prepared)
 
 
 def test_a_decoder_computes_texts_up_to_its_one_length(tmp_path: Path, words) -> None:
@@ -193,6 +194,11 @@ def test_a_batch_that_is_held_becomes_one_text_of_any_length() -> None:
     assert prepared.fixed is None and prepared.fallbacks == []
     assert prepared.axes == {"input_ids": {1: "length"}, "attention_mask": {1: "length"}}
     assert prepared.notes == ["one text at a time: the model's own code holds the batch"]
+
+
+@pytest.mark.slow
+def test_one_text_at_a_time_is_what_the_model_computes_of_it() -> None:
+    prepared = prepare(build(OneByOne), fixed_length=LENGTH)
     module = prepared.export_torch().module()
     with torch.no_grad():
         found, expected = (run(**feed(prepared, text(20))) for run in (module, build(OneByOne)))
