@@ -61,6 +61,7 @@ def compile(
     length: int | None = None,
     seed: int | None = None,
     memory: int | None = None,
+    device: str = "cpu",
     resume: bool = False,
     reproducible: bool = False,
     overwrite: bool = False,
@@ -81,6 +82,8 @@ def compile(
         samples, length, seed: calibration windows, tokens in each, and which windows; by default the recipe's, where that
             says nothing 4 windows of at most 256 tokens.
         memory: bytes of anonymous memory that calibration may take; beyond it activations go to a file beside the output.
+        device: `cpu`, `cuda` or `cuda:N`: where samples run and solvers compute. Weights are fetched layer by layer, so the model
+            need not fit there. The artifact is the same kind of artifact, its numbers equal up to rounding.
         resume: go on from what an earlier run with the same output has solved.
         reproducible: leave times and memory out of the artifact, so that equal inputs give equal bytes of every file.
         overwrite: replace an artifact that is already there.
@@ -93,12 +96,14 @@ def compile(
         QCompilerError: with the exit code of the command line; nothing is left behind.
     """
     from qcompiler.emit import emit
+    from qcompiler.runtime.device import find_device
     from qcompiler.sweep.store import SolvedStore
 
     start = time.perf_counter()
     reporter = reporter or Silent()
     chosen = _recipe(recipe, strict_groups)
     _check_target(target, chosen)
+    find_device(device)
     source_dir = Path(model) if isinstance(model, (str, Path)) and Path(model).is_dir() else None
     writer = ArtifactWriter(output, overwrite=overwrite, source_dir=source_dir)
     writer.check()
@@ -107,7 +112,7 @@ def compile(
     quantizer.trace_timings = not reproducible
     quantizer.fuse = target != "onnx-stock"
     with writer, Workspace(writer.target, resume) as workspace:
-        quantizer.memory, quantizer.scratch = memory, workspace.scratch
+        quantizer.memory, quantizer.scratch, quantizer.device = memory, workspace.scratch, device
         quantizer.store = SolvedStore(workspace.solved)
         facts = emit(writer, prepared, quantizer, target, reporter)
         _write_records(writer, quantizer, facts["layers"], loaded)

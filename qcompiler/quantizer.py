@@ -69,6 +69,7 @@ class Quantizer(ExportQuantizer):
         self.scratch: Path | None = None  # a folder for solutions and packed weights; None keeps them in memory
         self.memory: int | None = None  # bytes that calibration may take; None for no bound
         self.store: SolvedStore | None = None  # solved sites, for resuming
+        self.device = "cpu"  # where samples run and solvers compute
         self.trace_timings = True
         self.fuse = True  # False for a target whose ops are one for every layer
         self.captured: Report | None = None  # what capture had to decide, for the record
@@ -93,6 +94,7 @@ class Quantizer(ExportQuantizer):
             memory=self.memory,
             scratch=self.scratch,
             store=self.store,
+            device=self.device,
         )
         context.solutions.folder = self.scratch
         manager = PassManager(self.trace, self.verify_each)

@@ -113,6 +113,6 @@ class FindOutliers(Pass):
                 "largest_activation": largest.max().item(),
             }
             if len(found):
-                context.outliers[site.name] = found
+                context.outliers[site.name] = found.cpu()
                 report.layers[site.name]["outlier_columns"] = len(found)
                 report.changed += 1

@@ -57,7 +57,7 @@ class BiasCorrection(Pass):
                     shift = errors[site.name].mean().float()
                     # What the sites behind it see; the graph is left alone until the float stream is done.
                     segment.shift(site, shift)
-                    shifts[site.name] = shift
+                    shifts[site.name] = shift.cpu()
                     numbers = report.layers[site.name] = errors[site.name].numbers(shift)
                     text = f"error {numbers['output_error_before']:.3g} → {numbers['output_error_after']:.3g}"
                     context.reporter.layer(len(shifts), len(sites), site.name, text)
@@ -101,7 +101,7 @@ class OutputError:
     def update(self, y: torch.Tensor, y_float: torch.Tensor) -> None:
         """Take the results `[tokens, n]` of the quantized and of the float stream."""
         error = y_float - y
-        self._sum += error.sum(dim=0, dtype=torch.float64).cpu()
+        self._sum += error.sum(dim=0, dtype=torch.float64)
         self._squares += error.square().sum(dtype=torch.float64).item()
         self._signal += y_float.square().sum(dtype=torch.float64).item()
         self.tokens += y.shape[0]

@@ -22,6 +22,7 @@ from qcompiler.pipeline.passes import Pass, Report, Skip
 from qcompiler.recipe.schema import Select
 from qcompiler.sweep.budget import Costs
 from qcompiler.sweep.order import Order, good_cuts
+from qcompiler.sweep.place import moved
 from qcompiler.sweep.sweep import Segment, Sweep
 from qcompiler.sweep.values import Values
 
@@ -152,7 +153,7 @@ class _Block:
         activation = scheme.activation
         if activation is Activation.INT8_STATIC and static is None:
             activation = Activation.FLOAT  # as the sweep computes it until its range is calibrated
-        solution = self.context.solutions[site.name]
+        solution = moved(self.context.solutions[site.name], self.context.device)
         assert isinstance(solution, AffineWeight)  # sites with codebooks are left out
         return FakeLinear(weight, solution, activation, static)
 
@@ -166,7 +167,7 @@ class _Block:
         generator = torch.Generator().manual_seed(step.seed)
         for number in range(step.steps):
             if number % len(self.train) == 0:
-                queue = torch.randperm(len(self.train), generator=generator).tolist()
+                queue = torch.randperm(len(self.train), generator=generator, device="cpu").tolist()
             sample = self.train[queue[number % len(self.train)]]
             values = self.segment.run(sample, self.wanted, dict(students), gradients=True)
             loss = functools.reduce(torch.add, self._distance(values, sample))
@@ -184,7 +185,7 @@ class _Block:
 
     def _distance(self, values: dict[Node, torch.Tensor], sample: int) -> list[torch.Tensor]:
         """‖y − ỹ‖² / ‖y‖² of every output."""
-        twin = self.teacher[sample]
+        twin = moved(self.teacher[sample], self.context.device)
         return [
             (values[node] - y).square().sum() / y.square().sum().clamp(min=1e-20)
             for node, y in twin.items()

@@ -20,6 +20,7 @@ from qcompiler.passes.solve.twins import Twins
 from qcompiler.passes.solve.weights import quantizable_weight
 from qcompiler.pipeline.passes import Pass, Report, Skip
 from qcompiler.recipe.schema import Select
+from qcompiler.sweep.place import moved
 
 if TYPE_CHECKING:
     from qcompiler.graph.graph import Graph, Site
@@ -87,7 +88,7 @@ class DistillEndToEnd(Pass):
             return report
         matrices = {site.name: self._matrix(site, graph, context) for site in sites}
         names = gains(graph) if self.gain_rate else []
-        norms = {name: graph.constant(name).clone().requires_grad_() for name in names}
+        norms = {name: graph.constant(name).to(context.device).clone().requires_grad_() for name in names}
         twins = Twins(graph, context, matrices, norms, self.name)
         held = max(1, round(self.hold_out * len(twins.samples)))
         if held >= len(twins.samples):
@@ -132,7 +133,7 @@ class DistillEndToEnd(Pass):
         return reason is None
 
     def _matrix(self, site: Site, graph: Graph, context: Context) -> Tuned:
-        solution, scheme = context.solutions[site.name], context.schemes[site.name]
+        solution, scheme = moved(context.solutions[site.name], context.device), context.schemes[site.name]
         if isinstance(solution, VqWeight):
             return TunedVq(solution, fixed=self.codebook_rate == 0 or getattr(scheme, "fixed", None) is not None)
         return TunedAffine(solution, quantizable_weight(graph, context, site) if self.code_rate else None)
@@ -149,7 +150,7 @@ class DistillEndToEnd(Pass):
         looked_at = {round((i + 1) * self.steps / self.checks) for i in range(self.checks)}
         for step in range(1, self.steps + 1):
             while len(queue) < self.batch:
-                queue += [train[index] for index in torch.randperm(len(train), generator=generator).tolist()]
+                queue += [train[index] for index in torch.randperm(len(train), generator=generator, device="cpu").tolist()]
             batch, queue = queue[: self.batch], queue[self.batch :]
             optimizer.zero_grad(set_to_none=True)
             twins.backward(batch)
@@ -209,7 +210,7 @@ def _try(
     for name, owner in tied.items():
         context.solutions.keep(name, context.solutions[owner])
     for name, gain in norms.items():
-        graph.set_constant(name, gain.detach().clone())
+        graph.set_constant(name, gain.detach().clone().cpu())
     after = measure()
     if not after < before:
         for name, solution in old.items():

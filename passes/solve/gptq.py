@@ -18,7 +18,7 @@ from qcompiler.numerics.stack import rows_joined, solve_stack
 from qcompiler.passes.solve.guided import GuidedMoments, check_guides, guided_bytes
 from qcompiler.passes.solve.moments import Moments, energy, warn_of_few_tokens
 from qcompiler.passes.solve.selection import integer_format, unsolved
-from qcompiler.passes.solve.weights import quantizable_weight
+from qcompiler.passes.solve.weights import quantizable_matrices, quantizable_weight
 from qcompiler.pipeline.passes import Pass, Report
 from qcompiler.recipe.schema import Select
 from qcompiler.sweep.budget import Costs
@@ -202,7 +202,8 @@ class _Method:
             return result.weight
 
         turn = itertools.count()
-        solution, sqnr = solve_stack(self.graph.matrices(site), lambda weight: solve(next(turn), weight))
+        matrices = quantizable_matrices(self.graph, self.context, site)
+        solution, sqnr = solve_stack(matrices, lambda weight: solve(next(turn), weight))
         missed = [expert for expert, tokens in enumerate(statistics.tokens) if not tokens]
         if missed:
             self.context.reporter.warning(

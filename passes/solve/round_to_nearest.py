@@ -14,7 +14,7 @@ from qcompiler.errors import InputError
 from qcompiler.numerics import affine
 from qcompiler.numerics.stack import solve_stack
 from qcompiler.numerics.vq import VqWeight
-from qcompiler.passes.solve.weights import fixed_table, quantizable_weight
+from qcompiler.passes.solve.weights import fixed_table, quantizable_matrices, quantizable_weight
 from qcompiler.pipeline.passes import Pass, Report, Skip
 from qcompiler.pipeline.selection import check_selector
 from qcompiler.recipe.schema import Select, VqScheme
@@ -104,7 +104,7 @@ class RoundToNearest(Pass):
             return found, affine.weight_sqnr_db(matrix, found)
         fit = lambda w: affine.fit(w, scheme.weight_format, self.clipping, self.norm, scheme.per_tensor)  # noqa: E731
         if site.kind == "experts":
-            return solve_stack(graph.matrices(site), fit)
+            return solve_stack(quantizable_matrices(graph, context, site), fit)
         weight = quantizable_weight(graph, context, site)
         solution = fit(weight)
         return solution, affine.weight_sqnr_db(weight, solution)

@@ -17,6 +17,7 @@ from qcompiler.sweep.budget import MARGIN, copy_bytes
 from qcompiler.sweep.ends import find_ends, tokens_that_count
 from qcompiler.sweep.execute import Executor, Product
 from qcompiler.sweep.order import ancestors
+from qcompiler.sweep.place import moved
 from qcompiler.sweep.product import product
 from qcompiler.sweep.sizes import bindings, node_bytes
 from qcompiler.sweep.values import Values
@@ -122,7 +123,8 @@ class Twins:
             self._teacher.close()
 
     def _start(self, sample: int) -> dict[Node, Any]:
-        return dict(zip(self._placeholders, _pytree.tree_leaves(self.samples[sample]), strict=True))
+        leaves = moved(_pytree.tree_leaves(self.samples[sample]), self._context.device)
+        return dict(zip(self._placeholders, leaves, strict=True))
 
     def _products(self) -> dict[Node, Product]:
         """What stands for each solved site while gradients flow; experts and sites with float columns are left in float."""
@@ -132,7 +134,7 @@ class Twins:
                 continue
             if site.kind != "embedding":
                 solution = self._context.solutions[site.name]
-                made[site.node] = self._linear(site, self.matrices.get(site.name) or Fixed(solution))
+                made[site.node] = self._linear(site, self.matrices.get(site.name) or Fixed(moved(solution, self._context.device)))
         for site in self._graph.sites:
             if site.kind == "embedding" and site.name in self._context.solutions:
                 made[site.node] = self._lookup(site, made)
@@ -161,7 +163,7 @@ class Twins:
         return self._executor(products)
 
     def _executor(self, products: dict[Node, Product], **more: Any) -> Executor:
-        return Executor(self._graph, self._nodes, self._ends.nodes, products, self._cache, **more)
+        return Executor(self._graph, self._nodes, self._ends.nodes, products, self._cache, device=self._context.device, **more)
 
     def _distance(self, sample: int, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:
         """Sum over the window's tokens of KL(float ‖ quantized), and how many they are; without logits the sum over outputs of
@@ -171,7 +173,7 @@ class Twins:
             pairs = zip(expected, values, strict=True)
             parts = [(y - own).square().sum() / y.square().sum().clamp(min=1e-20) for y, own in pairs]
             return torch.stack(parts).sum(), len(parts)
-        mask = tokens_that_count(self.samples[sample], *values[0].shape[:2])
+        mask = tokens_that_count(moved(self.samples[sample], self._context.device), *values[0].shape[:2])
         reference, own = expected[0][mask].log_softmax(-1), values[0][mask].log_softmax(-1)
         # A token that the reference rules out (-inf, for padded vocabularies) adds nothing.
         difference = (reference - own).masked_fill(reference == -torch.inf, 0)
@@ -179,7 +181,7 @@ class Twins:
 
     def _expected(self, sample: int) -> list[torch.Tensor]:
         if self._teacher is not None:
-            held = self._teacher[sample]
+            held = moved(self._teacher[sample], self._context.device)
             return [held[node] for node in self._ends.nodes]
         values = self._float_values(sample)
         return [values[node] for node in self._ends.nodes]

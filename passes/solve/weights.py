@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,16 +14,22 @@ if TYPE_CHECKING:
 
 
 def quantizable_weight(graph: Graph, context: Context, site: Site) -> torch.Tensor:
-    """The site's weight, float32 `[n, k]`, with zeros in the columns that stay in float beside it.
+    """The site's weight where the context computes, float32 `[n, k]`, with zeros in the columns that stay in float beside it.
 
     Outlier columns are no part of the quantized product: zeroed, they widen no scale. The result may be the stored weight
     itself: do not write into it.
     """
-    weight = graph.constant(site.weight)
+    weight = graph.constant(site.weight).to(context.device)
     columns = context.outliers.get(site.name)
     if columns is None or not len(columns):
         return weight
-    return weight.index_fill(1, columns, 0.0)
+    return weight.index_fill(1, columns.to(context.device), 0.0)
+
+
+def quantizable_matrices(graph: Graph, context: Context, site: Site) -> Iterator[tuple[int, torch.Tensor]]:
+    """As `Graph.matrices`, where the context computes."""
+    for expert, weight in graph.matrices(site):
+        yield expert, weight.to(context.device)
 
 
 def fixed_table(scheme: VqScheme) -> torch.Tensor | None:

@@ -20,6 +20,7 @@ from qcompiler.passes.transform.fold_statistics import Gathered, choose, gather,
 from qcompiler.pipeline.passes import Pass, Report
 from qcompiler.recipe.schema import Select, VqScheme
 from qcompiler.sweep.budget import Costs
+from qcompiler.sweep.place import CPU
 from qcompiler.sweep.reducers import AbsMean, Hessian
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ class Awq(Pass):
                 return "vector-quantized: the search rounds to integers"
             return None if self.select.matches(site.name, site.role, site.size) else "not selected"
 
-        chosen, skipped = choose(graph, context, self.folds, refuse)
+        with torch.device(CPU):  # what is looked at and changed is the graph, which stays there
+            chosen, skipped = choose(graph, context, self.folds, refuse)
         report = Report(matched=len(chosen), skipped=skipped)
         if not chosen:
             return report
@@ -100,7 +102,8 @@ class Awq(Pass):
             context.reporter.layer(index + 1, len(chosen), fold.name, fold.kind)
             results[fold] = self._search(graph, context, sites, gathered)
         for fold in chosen:
-            apply_fold(graph, fold, results[fold].factors)
+            with torch.device(CPU):
+                apply_fold(graph, fold, results[fold].factors.cpu())
             report.changed += results[fold].exponent != 0
         report.notes["folds"] = [self._record(fold, results[fold]) for fold in chosen]
         return report
@@ -119,7 +122,8 @@ class Awq(Pass):
                 continue  # in float nothing is lost, and of codebooks the search knows nothing
             site = sites[weight.site]
             rows, share = sample_rows(graph, site, site.shape[1] ** 2, self.seed)
-            reader = Reader(rows, weight.channels, scheme.weight_format, scheme.per_tensor, self.clipping, share)
+            rows, channels = rows.to(context.device), weight.channels.to(context.device)
+            reader = Reader(rows, channels, scheme.weight_format, scheme.per_tensor, self.clipping, share)
             readers.append((reader, gathered.inputs[weight.site].hessian()))
         return search_awq(readers, magnitude, self.steps)
 

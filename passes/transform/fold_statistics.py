@@ -105,14 +105,14 @@ def spread(fold: Fold, values: dict[str, torch.Tensor], reduce: str) -> torch.Te
         reduce: as in `Tensor.scatter_reduce`.
     """
     by_site = {weight.site: weight for weight in fold.multiplied}
-    index = torch.cat([by_site[name].channels for name in values])
     source = torch.cat([value.double() for value in values.values()])
+    index = torch.cat([by_site[name].channels.to(source.device) for name in values])
     return torch.zeros(fold.channels, dtype=torch.float64).scatter_reduce(0, index, source, reduce, include_self=False)
 
 
 def column_maxima(graph: Graph, site: Site) -> torch.Tensor:
     """max |w| a column over all rows (of all matrices): float32 `[k]`."""
-    largest = torch.zeros(site.shape[1])
+    largest = torch.zeros(site.shape[1], device="cpu")
     for _, weight in graph.matrices(site):
         low, high = torch.aminmax(weight.float(), dim=0)
         largest = torch.maximum(largest, torch.maximum(-low, high))
@@ -129,7 +129,7 @@ def sample_rows(graph: Graph, site: Site, per_row: int, seed: int) -> tuple[torc
     limit = max(FEWEST_ROWS, WORK // max(per_row, 1))
     if rows <= limit:
         return torch.cat([weight.float() for _, weight in graph.matrices(site)]), 1.0
-    wanted = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:limit].sort().values
+    wanted = torch.randperm(rows, generator=torch.Generator().manual_seed(seed), device="cpu")[:limit].sort().values
     parts = []
     for expert, weight in graph.matrices(site):
         own = wanted[(wanted >= expert * site.shape[0]) & (wanted < (expert + 1) * site.shape[0])]

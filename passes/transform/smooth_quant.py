@@ -19,6 +19,7 @@ from qcompiler.passes.transform.fold_statistics import Gathered, choose, column_
 from qcompiler.pipeline.passes import Pass, Report
 from qcompiler.recipe.schema import Select, VqScheme
 from qcompiler.sweep.budget import Costs
+from qcompiler.sweep.place import CPU
 from qcompiler.sweep.reducers import AbsMax, Reservoir
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ class SmoothQuant(Pass):
                 return "vector-quantized: the search rounds to integers; give an alpha to smooth it anyway"
             return None
 
-        chosen, skipped = choose(graph, context, self.folds, refuse)
+        with torch.device(CPU):  # what is looked at and changed is the graph, which stays there
+            chosen, skipped = choose(graph, context, self.folds, refuse)
         report = Report(matched=len(chosen), skipped=skipped)
         if not chosen:
             return report
@@ -94,7 +96,8 @@ class SmoothQuant(Pass):
             context.reporter.layer(index + 1, len(chosen), gathered.fold.name, gathered.fold.kind)
             found[gathered.fold] = self._factors(graph, context, sites, gathered)
         for fold in chosen:
-            apply_fold(graph, fold, found[fold].factors)
+            with torch.device(CPU):
+                apply_fold(graph, fold, found[fold].factors.cpu())
             report.changed += 1
         report.notes["folds"] = [self._record(fold, found[fold]) for fold in chosen]
         return report
@@ -102,7 +105,7 @@ class SmoothQuant(Pass):
     def _factors(self, graph: Graph, context: Context, sites: dict[str, Site], gathered: Gathered) -> Found:
         fold = gathered.fold
         inputs = spread(fold, {name: held.largest.result() for name, held in gathered.distinct()}, "amax")
-        weights = spread(fold, {name: column_maxima(graph, sites[name]) for name in fold.sites}, "amax")
+        weights = spread(fold, {name: column_maxima(graph, sites[name]).to(context.device) for name in fold.sites}, "amax")
         readers = []
         for weight in fold.multiplied:
             scheme = context.schemes.get(weight.site or "")
@@ -110,7 +113,8 @@ class SmoothQuant(Pass):
                 continue
             site = sites[weight.site]
             rows, share = sample_rows(graph, site, site.shape[1] * self.tokens, self.seed)
-            reader = Reader(rows, weight.channels, scheme.weight_format, scheme.per_tensor, "minmax", share, scheme.activation)
+            rows, channels = rows.to(context.device), weight.channels.to(context.device)
+            reader = Reader(rows, channels, scheme.weight_format, scheme.per_tensor, "minmax", share, scheme.activation)
             readers.append((reader, gathered.inputs[weight.site].tokens.result()))
         if self.alpha == "search":
             return search_smoothing(readers, inputs, weights)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompiler.artifact.manifest import TARGETS
-from qcompiler.cli.options import add_json, byte_count, compile_side, positive, reporter
+from qcompiler.cli.options import add_device, add_json, byte_count, compile_side, positive, reporter
 from qcompiler.errors import InputError, UsageError
 
 NAME = "compile"
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory", type=byte_count, metavar="SIZE", help="most memory that calibration may take, e.g. 4GiB (default: no bound)"
     )
+    add_device(parser, "where calibration and solvers compute")
     parser.add_argument(
         "--resume", action="store_true", help="go on from the layers that an earlier run with the same output has solved"
     )
@@ -68,6 +69,7 @@ def execute(options: argparse.Namespace) -> int:
                 if (value := getattr(options, key)) is not None:
                     given[key] = value
             given |= {key: True for key in ("resume", "reproducible") if getattr(options, key)}
+            given["device"] = options.device
             result = compiler.compile(
                 options.model,
                 output=options.output,

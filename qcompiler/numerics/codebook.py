@@ -153,10 +153,10 @@ def seed_plus_plus(points: torch.Tensor, features: torch.Tensor, entries: int, g
     that none depends on which others are there.
     """
     if points.shape[2] > SAMPLE * entries:
-        some = torch.randperm(points.shape[2], generator=generator)[: SAMPLE * entries].to(points.device)
+        some = torch.randperm(points.shape[2], generator=generator, device="cpu")[: SAMPLE * entries].to(points.device)
         points, features = points[..., some], features[..., some].contiguous()
     groups, dim, _ = points.shape
-    draws = torch.rand(entries, generator=generator, dtype=torch.float64).to(points.device)
+    draws = torch.rand(entries, generator=generator, dtype=torch.float64, device="cpu").to(points.device)
     made = points.new_empty(groups, entries, dim)
     errors = features[:, dim : 2 * dim].sum(1)  # the first: by weight, diag(A) or nearly
     for entry in range(entries):

@@ -65,7 +65,7 @@ class Histogram:
         for part in x.reshape(-1).split(CHUNK):
             # a power of two times a number: exact, so equal numbers share a bin in every grid
             index = (part.double() * scale).floor_().long().add_(self.bins)
-            self.counts += torch.bincount(index, minlength=2 * self.bins).cpu()
+            self.counts += torch.bincount(index, minlength=2 * self.bins).to(self.counts.device)
 
     def merge(self, other: Histogram) -> None:
         """Add what another histogram of as many bins has counted; `other` stays as it is."""

@@ -149,8 +149,11 @@ class TunedVq:
         held, f = self._held, self._held.format
         if self._flat is None:
             n, vectors = held.indices.shape
-            down = torch.arange(n) // f.block_rows if f.block_rows else torch.zeros(n, dtype=torch.int64)
-            block = torch.arange(vectors) // 4 * f.span
+            # Gradients are computed in a thread of their own, which knows of no device that others made the default.
+            place = held.indices.device
+            row = torch.arange(n, device=place)
+            down = row // f.block_rows if f.block_rows else torch.zeros_like(row)
+            block = torch.arange(vectors, device=place) // 4 * f.span
             across = block // f.block_columns if f.block_columns else torch.zeros_like(block)
             book = down[:, None] * held.codebooks.shape[1] + across
             self._flat = (book * f.centroids + held.indices).to(torch.int32).flatten()

@@ -37,6 +37,8 @@ class Context:
         scratch: a folder for what does not fit: solutions, packed weights, activations between segments; None keeps them
             in memory.
         store: solved sites by the content that they were solved from, for resuming; None when nothing is kept.
+        device: where samples run and solvers compute. Weights, samples, solutions and what lives between segments stay in memory
+            of the CPU, and go there as they are needed.
     """
 
     recipe: Recipe
@@ -52,3 +54,4 @@ class Context:
     memory: int | None = None
     scratch: Path | None = None
     store: SolvedStore | None = None
+    device: str = "cpu"

@@ -13,6 +13,7 @@ from qcompiler.pipeline.instruments import Instrument, PeakMemory, Timer
 from qcompiler.pipeline.passes import Pass, Report
 from qcompiler.pipeline.selection import check_selector
 from qcompiler.pipeline.trace import Trace
+from qcompiler.sweep.place import STAGES, working_on
 
 if TYPE_CHECKING:
     from qcompiler.graph.graph import Graph
@@ -78,7 +79,8 @@ class PassManager:
             if (select := getattr(step, "select", None)) is not None:
                 check_selector(step.name, select, graph, context)
             before = len(graph.module.graph.nodes)
-            with self.watched(graph) as timing:
+            place = working_on(context.device) if step.stage in STAGES else contextlib.nullcontext()
+            with self.watched(graph) as timing, place:
                 report = step.run(graph, context)
             nodes = (before, len(graph.module.graph.nodes))
             self.trace.add(step, report, graph_text(graph.module), nodes, timing)

@@ -22,6 +22,7 @@ from qcompiler.graph.graph import Graph, Site
 from qcompiler.sweep.backward_plan import plan_backward
 from qcompiler.sweep.execute import Executor
 from qcompiler.sweep.order import Order, Stretch, order
+from qcompiler.sweep.place import moved
 from qcompiler.sweep.sizes import bindings, node_bytes, size_of
 from qcompiler.sweep.values import Values
 
@@ -116,7 +117,7 @@ class Backward:
         for index, stretch in enumerate(self.stretches[:-1]):
             made = set(stretch.nodes)
             wanted = [node for node in stretch.outputs if node in made]
-            run = Executor(self.graph, stretch.nodes, wanted, {}, self._plan.cache_bytes)
+            run = Executor(self.graph, stretch.nodes, wanted, {}, self._plan.cache_bytes, device=self.context.device)
             outputs = Values(stretch.outputs, self._folder())
             for sample in range(len(self.samples)):
                 start = self._start(index, between, sample)
@@ -126,21 +127,22 @@ class Backward:
         return between
 
     def _start(self, index: int, between: list[Values], sample: int) -> dict[Node, Any]:
-        start = dict(zip(self._placeholders, self._leaves[sample], strict=True))
-        return start | between[index - 1][sample] if index else start
+        device = self.context.device
+        start = dict(zip(self._placeholders, moved(self._leaves[sample], device), strict=True))
+        return start | moved(between[index - 1][sample], device) if index else start
 
     def _wanting(self, index: int) -> list[Node]:
         """The values at the beginning of a segment that gradients go on to: some site's output moves them."""
         return [node for node in self.stretches[index].inputs if node in self._moved]
 
     def _back(self, index: int, between: list[Values], given: Values | None, passed: Values | None, tap: Tap) -> None:
-        stretch, last = self.stretches[index], given is None
+        stretch, last, device = self.stretches[index], given is None, self.context.device
         made = set(stretch.nodes)
         sites = {site.node: site for wave in stretch.waves for site in wave.sites}
         ends = self.ends if last else ()
         carried_on = [node for node in stretch.outputs if node in self._moved]
         wanted = {node: None for node in [*ends, *carried_on, *sites] if node in made}
-        run = Executor(self.graph, stretch.nodes, list(wanted), {}, self._plan.cache_bytes, gradients=True)
+        run = Executor(self.graph, stretch.nodes, list(wanted), {}, self._plan.cache_bytes, gradients=True, device=device)
         for sample in range(len(self.samples)):
             start = self._start(index, between, sample)
             leaves = {node: _tree_map(_leaf, start[node]) for node in self._wanting(index)} if index else {}
@@ -152,7 +154,7 @@ class Backward:
 
             read = {node: _tree_map(_shown, leaf) for node, leaf in leaves.items()}
             values = read | run.run(start | read, seen)
-            gradients = self._loss_gradients(sample, start | values) if last else given[sample]  # type: ignore[index]
+            gradients = self._loss_gradients(sample, start | values) if last else moved(given[sample], device)  # type: ignore[index]
             self._propagate(values, gradients)
             for hook in hooks:
                 hook.remove()
@@ -177,7 +179,7 @@ class Backward:
     def _loss_gradients(self, sample: int, values: Mapping[Node, Any]) -> dict[Node, torch.Tensor | None]:
         leaves = {node: _leaf(values[node]) for node in self.ends}
         with torch.enable_grad():
-            loss = self._loss(self.samples[sample], list(leaves.values())) * self._scale
+            loss = self._loss(moved(self.samples[sample], self.context.device), list(leaves.values())) * self._scale
         if not bool(torch.isfinite(loss)):
             raise InputError(f"the loss of calibration sample {sample} is {loss.item()}; check the checkpoint and the text")
         loss.backward()

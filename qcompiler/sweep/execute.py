@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate, map_arg
 
 from qcompiler.graph.graph import Graph
 from qcompiler.ops.experts_linear import EXPERTS_LINEAR
 from qcompiler.sweep.order import ancestors
+from qcompiler.sweep.place import CPU
 
 Product = Callable[..., torch.Tensor]
 
@@ -30,6 +31,7 @@ class Executor:
         cache_bytes: widened or scaled weights are kept from sample to sample up to this many bytes.
         gradients: keep what a backward pass needs.
         constants: by name, instead of the graph's own.
+        device: where the values are; constants are moved there as they are read, and nodes that name a device make theirs there.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Executor:
         cache_bytes: int = 0,
         gradients: bool = False,
         constants: Mapping[str, torch.Tensor] | None = None,
+        device: str = CPU,
     ):
         needed = ancestors(wanted)
         self._graph = graph
@@ -59,6 +62,7 @@ class Executor:
         self._room = cache_bytes
         self._gradients = gradients
         self._given = constants or {}
+        self._device = device
 
     def run(self, values: Mapping[Node, Any], seen: Callable[[Node, Any], None] | None = None) -> dict[Node, Any]:
         """Run on one sample.
@@ -92,7 +96,12 @@ class Executor:
             given = [None if index == position else map_arg(a, fetch) for index, a in enumerate(node.args)]
             return product(*given)
         args, kwargs = map_arg(node.args, fetch), map_arg(node.kwargs, fetch)
+        if self._device != CPU:
+            args, kwargs = map_aggregate((args, kwargs), self._there)
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _there(self, value: Any) -> Any:
+        return torch.device(self._device) if isinstance(value, torch.device) else value
 
     def _constant(self, node: Node) -> torch.Tensor:
         held = self._constants.get(node)
@@ -102,8 +111,8 @@ class Executor:
         if name in self._given:
             return self._given[name]
         if name not in self._graph.scalings and all(user.target is EXPERTS_LINEAR for user in node.users):
-            return self._graph.stored(name)  # widened matrix by matrix
-        value = self._graph.constant(name)
+            return self._graph.stored(name).to(self._device)  # widened matrix by matrix
+        value = self._graph.constant(name).to(self._device)
         computed = node.meta.get("val")
         if isinstance(computed, torch.Tensor) and value.dtype != computed.dtype:
             value = value.to(computed.dtype)

@@ -79,12 +79,12 @@ class _Gathered:
     def take(self, site: Site, sample: int, gradient: torch.Tensor) -> None:
         rows = gradient.detach().reshape(-1, gradient.shape[-1])
         means = [rows[:, part].square().mean(dim=1) for part in row_groups(rows.shape[1], self._groups)]
-        self._parts.setdefault(site.name, {})[sample] = torch.stack(means, dim=1)
+        self._parts.setdefault(site.name, {})[sample] = torch.stack(means, dim=1).cpu()
 
     def result(self, site: Site, run: Backward) -> torch.Tensor | None:
         parts = self._parts.pop(site.name, None)
         if parts is None:
             return None
         groups = len(row_groups(site.shape[0], self._groups))
-        missing = {i: torch.zeros(run.rows(site, i), groups) for i in range(len(run.samples)) if i not in parts}
+        missing = {i: torch.zeros(run.rows(site, i), groups, device="cpu") for i in range(len(run.samples)) if i not in parts}
         return torch.cat([part for _, part in sorted((parts | missing).items())]).double() / SCALE**2

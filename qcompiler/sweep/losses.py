@@ -82,7 +82,8 @@ class SampledEntropy:
         (logits,) = values
         mask = tokens_that_count(sample, *logits.shape[:2])
         # Every token draws, so that a mask changes no other token's label.
-        drawn = torch.multinomial(logits.detach().flatten(0, 1).softmax(-1), 1, generator=self._generator)
+        likely = logits.detach().flatten(0, 1).softmax(-1).cpu()  # the same draws on every device
+        drawn = torch.multinomial(likely, 1, generator=self._generator).to(logits.device)
         self.labelled += int(mask.sum())
         return _entropy(logits, torch.where(mask, drawn.reshape(mask.shape), NONE))
 
@@ -103,7 +104,7 @@ class Projection:
     def __call__(self, sample: dict[str, Any], values: Sequence[torch.Tensor]) -> torch.Tensor:
         total = torch.zeros(())
         for value in values:
-            noise = torch.randn(value.shape, generator=self._generator)
+            noise = torch.randn(value.shape, generator=self._generator, device="cpu").to(value.device)
             if value.dim() == 3:
                 noise *= tokens_that_count(sample, *value.shape[:2])[..., None]
             self.labelled += value[..., 0].numel()

@@ -111,7 +111,7 @@ class GuidedHessians:
 
     def update(self, x: torch.Tensor) -> None:
         """Take the next tokens `[tokens, k]`, in the order of the samples that the guide was made of."""
-        weights = self._guide[self.tokens : self.tokens + x.shape[0]]
+        weights = self._guide[self.tokens : self.tokens + x.shape[0]].to(x.device)
         if len(weights) != x.shape[0]:
             raise ValueError(f"a guide of {len(self._guide)} tokens, found more: it was made of other samples")
         x = x.to(self._sums[0].dtype)
@@ -188,7 +188,7 @@ class Reservoir:
 
     def __init__(self, k: int, size: int, seed: int = 0):
         self._rows = torch.empty(size, k)
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator("cpu").manual_seed(seed)  # the same draws on every device
         self.tokens = 0
 
     def update(self, x: torch.Tensor) -> None:
@@ -199,8 +199,8 @@ class Reservoir:
         rest = x.shape[0] - fill
         if rest:
             # token number t (from 1) replaces a row with probability size / t
-            numbers = torch.arange(self.tokens + fill + 1, self.tokens + x.shape[0] + 1, dtype=torch.float64)
-            drawn = (torch.rand(rest, generator=self._generator, dtype=torch.float64) * numbers).long()
+            numbers = torch.arange(self.tokens + fill + 1, self.tokens + x.shape[0] + 1, dtype=torch.float64, device="cpu")
+            drawn = (torch.rand(rest, generator=self._generator, dtype=torch.float64, device="cpu") * numbers).long()
             for index in torch.nonzero(drawn < size).flatten().tolist():
                 self._rows[drawn[index]] = x[fill + index]
         self.tokens += x.shape[0]

@@ -1,4 +1,4 @@
-"""Quantized weights by site, kept in files where there is a folder for them: a model's solutions need not fit in memory."""
+"""Quantized weights by site, on the CPU; in files where there is a folder: a model's solutions need not fit in memory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from qcompiler.graph.mapped import kept_fields
 from qcompiler.numerics.affine import AffineWeight
 from qcompiler.numerics.vq import VqWeight
 from qcompiler.ops.formats import AffineFormat, VqFormat, parse_weight_format
+from qcompiler.sweep.place import CPU, moved
 
 Solution = AffineWeight | VqWeight
 _COLUMNS = "columns"  # of a vector-quantized matrix: its indices do not tell
@@ -19,8 +20,8 @@ _COLUMNS = "columns"  # of a vector-quantized matrix: its indices do not tell
 def to_tensors(solution: Solution) -> dict[str, torch.Tensor]:
     """The solution's tensors by name."""
     fields = {field.name: getattr(solution, field.name) for field in dataclasses.fields(solution)}
-    tensors = {name: value for name, value in fields.items() if isinstance(value, torch.Tensor)}
-    return tensors | ({_COLUMNS: torch.tensor([solution.columns])} if isinstance(solution, VqWeight) else {})
+    tensors = {name: value.cpu() for name, value in fields.items() if isinstance(value, torch.Tensor)}
+    return tensors | ({_COLUMNS: torch.tensor([solution.columns], device=CPU)} if isinstance(solution, VqWeight) else {})
 
 
 def from_tensors(tensors: dict[str, torch.Tensor], format: str) -> Solution:
@@ -39,7 +40,7 @@ class Solutions(dict[str, Solution]):
     folder: Path | None = None
 
     def __setitem__(self, site: str, solution: Solution) -> None:
-        super().__setitem__(site, kept_fields(solution, self.folder, site))
+        super().__setitem__(site, kept_fields(moved(solution, CPU), self.folder, site))
 
     def keep(self, site: str, solution: Solution) -> None:
         """Record a solution as it is: its tensors are mapped already, or another site's."""

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from qcompiler.graph.mapped import memory
 from qcompiler.graph.text import graph_text
+from qcompiler.sweep.place import CPU
 
 if TYPE_CHECKING:
     from qcompiler.graph.graph import Graph
@@ -87,7 +88,8 @@ def fingerprint(graph: Graph, context: Context) -> str:
     digest = hashlib.sha256()
     described = [graph_text(graph.module), recipes.to_yaml(context.recipe), version(), torch.__version__]
     # The number of threads decides how BLAS splits its sums.
-    for text in [*described, str(torch.get_num_threads())]:
+    place = [] if context.device == CPU else [torch.device(context.device).type]
+    for text in [*described, str(torch.get_num_threads()), *place]:
         digest.update(text.encode() + b"\0")
     seen: set[int] = set()
     for name in sorted({str(node.target) for node in graph.module.graph.nodes if node.op == "get_attr"}):

@@ -15,6 +15,7 @@ from qcompiler.graph.graph import Graph, Site
 from qcompiler.sweep.budget import Costs, plan_cuts
 from qcompiler.sweep.execute import Executor, Product
 from qcompiler.sweep.order import Group, Order, Stretch, Wave, order
+from qcompiler.sweep.place import moved
 from qcompiler.sweep.product import product
 from qcompiler.sweep.sizes import bindings, node_bytes
 from qcompiler.sweep.values import Values
@@ -98,8 +99,8 @@ class Sweep:
             values.close()
 
     def start(self, sample: int) -> dict[Node, Any]:
-        """The graph's inputs for a sample."""
-        return dict(zip(self._placeholders, self.samples[sample], strict=True))
+        """The graph's inputs for a sample, where the context computes."""
+        return dict(zip(self._placeholders, moved(self.samples[sample], self.context.device), strict=True))
 
 
 class Segment:
@@ -163,7 +164,8 @@ class Segment:
             gradients: keep what a backward pass needs.
         """
         given = self._products if products is None else dict(products)
-        run = Executor(self._sweep.graph, self._stretch.nodes, wanted, given, self._cache_bytes, gradients)
+        device = self._sweep.context.device
+        run = Executor(self._sweep.graph, self._stretch.nodes, wanted, given, self._cache_bytes, gradients, device=device)
         return run.run(self._start(sample, 0))
 
     @property
@@ -209,11 +211,12 @@ class Segment:
         return [self._products, {}] if self._sweep.float_stream else [self._products]
 
     def _executor(self, wanted: Sequence[Node], products: dict[Node, Product]) -> Executor:
-        return Executor(self._sweep.graph, self._stretch.nodes, wanted, products, self._cache_bytes)
+        device = self._sweep.context.device
+        return Executor(self._sweep.graph, self._stretch.nodes, wanted, products, self._cache_bytes, device=device)
 
     def _start(self, sample: int, stream: int) -> dict[Node, Any]:
         start = self._sweep.start(sample)
-        return start | self._inputs[stream][sample] if self._inputs else start
+        return start | moved(self._inputs[stream][sample], self._sweep.context.device) if self._inputs else start
 
     def _check(self, node: Node, value: Any, sample: int) -> None:
         if torch.is_tensor(value) and value.is_floating_point() and not bool(torch.isfinite(value).all()):

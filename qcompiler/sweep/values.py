@@ -1,4 +1,4 @@
-"""What lives across a cut, for every sample: in memory, or in one file beyond the budget."""
+"""What lives across a cut, for every sample: in memory of the CPU, or in one file beyond the budget."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch.fx import Node
 
 from qcompiler.graph.mapped import memory
+from qcompiler.sweep.place import CPU, moved
 
 ALIGNMENT = 64
 
@@ -40,6 +41,7 @@ class Values:
         kept = {}
         for node in self.nodes:
             value = values[node]
+            value = moved(value, CPU)
             kept[node] = self._spill(value) if self._file is not None else value
         self._held.append(kept)
 
