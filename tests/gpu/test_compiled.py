@@ -27,6 +27,7 @@ def compiled(capability: int, *arguments: str) -> list[dict]:
 @pytest.mark.parametrize("op", ["linear_nbit", "linear_mixed", "linear_experts_nbit", "embedding_nbit"])
 def test_every_format_compiles_without_spilling(op: str, capability: int) -> None:
     found = [line for line in compiled(capability, op) if "kernel" in line]
-    assert found and not [line for line in found if line["stack"] > 0]
+    # ptxas keeps 8 bytes there for a launch whose addresses are not aligned (n = 1, 9.0), at 80 registers; spills take hundreds.
+    assert found and not [line for line in found if line["stack"] > 8]
     # What a block may have of shared memory: 99 KiB on 8.6 and 8.9, which take what is compiled for 8.0.
     assert max(line["shared"] for line in found) <= {80: 99, 90: 227}[capability] << 10
