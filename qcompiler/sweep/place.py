@@ -25,6 +25,7 @@ def moved(value: T, device: str) -> T:
     """Tensors, alone or in lists, tuples and dicts, on `device`; a dataclass with its own tensors there."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
-        changed = {name: field.to(device) for name, field in fields.items() if isinstance(field, torch.Tensor)}
+        there = {name: field.to(device) for name, field in fields.items() if isinstance(field, torch.Tensor)}
+        changed = {name: tensor for name, tensor in there.items() if tensor is not fields[name]}
         return dataclasses.replace(value, **changed) if changed else value
     return _pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, value)
