@@ -29,13 +29,16 @@ def choose(
 ) -> tuple[list[Fold], list[Skip]]:
     """Folds of these kinds with a site that `refuse` has nothing against; every other linear site with its reason.
 
+    What a layer reads is scaled through one fold: of two that would do (both factors of a gated product), the first.
+
     Raises:
         UsageError: a site of a fold is quantized already, or its input's range is measured: it would no longer be true.
     """
     folds, refusals = find_folds(graph)
     sites = {site.name: site for site in graph.sites}
     skipped = [Skip(r.site, f"{r.producer}: {r.reason}" if r.producer else r.reason) for r in refusals]
-    chosen = []
+    chosen: list[Fold] = []
+    scaled: dict[str, str] = {}
     for fold in folds:
         reasons = {name: refuse(sites[name]) for name in fold.sites}
         if fold.kind not in kinds:
@@ -51,6 +54,10 @@ def choose(
                     f"layer {site.name}: its {'input was measured' if measured else 'weight was quantized'} before "
                     "the pass that scales it; put passes that scale before those that observe and solve"
                 )
+        if taken := [name for name in fold.sites if name in scaled]:
+            skipped.append(Skip(fold.name, f"what {', '.join(taken)} reads is scaled through {scaled[taken[0]]} already"))
+            continue
+        scaled |= dict.fromkeys(fold.sites, fold.name)
         chosen.append(fold)
     return chosen, skipped
 

@@ -72,12 +72,7 @@ def _five_bits(codes, unit, which, mask):
 @triton.jit
 def row_words(at, units, INDEX_BITS: tl.constexpr):
     """Where the words of rows `at` of the weight begin, int64; `units`: of a tile."""
-    if INDEX_BITS == 6 or INDEX_BITS == 3:
-        size: tl.constexpr = 48
-    elif INDEX_BITS == 5:
-        size: tl.constexpr = 80
-    else:
-        size: tl.constexpr = 16
+    size: tl.constexpr = 80 if INDEX_BITS == 5 else 48 if INDEX_BITS % 3 == 0 else 16
     return (at // 16).to(tl.int64) * units * size + at % 16
 
 

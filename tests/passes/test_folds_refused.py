@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.nn import functional as F
 
 from qcompiler.passes.analyse.folds import find_folds
+from qcompiler.passes.transform.awq import Awq
+from qcompiler.passes.transform.smooth_quant import SmoothQuant
+from tests.calibrated import batches, calibrated
 from tests.passes.folded import D, apply_all, found, largest_error, outputs, parts
 
 SAME = dict.fromkeys("abcd", (D, D))
@@ -248,3 +252,19 @@ def test_a_past_that_is_no_cache_stops() -> None:
 
 def test_an_input_that_nothing_makes() -> None:
     assert "no linear or norm makes its input" in reason(lambda m, x: m.a(x), "a", a=(D, D))
+
+
+@pytest.mark.parametrize(
+    "pass_, linear", [(SmoothQuant(), {"bits": 8, "activations": "int8-token"}), (Awq(), {"bits": 4, "group": 32})]
+)
+def test_of_two_folds_that_would_scale_one_input_the_first_does(pass_, linear) -> None:
+    """relu(gate) · up: each of the factors could carry the scale of down."""
+    graph, context = calibrated(linear)
+    (x,) = batches(1)
+    before = graph.module(x=x)
+    report = pass_.run(graph, context)
+    (record,) = report.notes["folds"]
+    assert (report.matched, record["sites"]) == (1, ["down"])
+    reasons = [skip.reason for skip in report.skipped if "is scaled through" in skip.reason]
+    assert len(reasons) == 1 and reasons[0].startswith("what down reads is scaled through ")
+    assert torch.allclose(graph.module(x=x), before, rtol=0, atol=2e-5 * float(before.abs().max()))
