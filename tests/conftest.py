@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+pytest_plugins = ["tests.runtime.kernel_report"]
+
 if not torch.cuda.is_available():
     # For tests/gpu, and read when Triton is imported, which torch does too. Nothing else runs a kernel in Triton.
     os.environ.setdefault("TRITON_INTERPRET", "1")

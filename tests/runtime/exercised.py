@@ -1,4 +1,4 @@
-"""Which instruction sets ran which ops in this test run, and which of them must (tests/runtime/conftest.py tells)."""
+"""Which instruction sets ran which ops in this test run, and which of them must (kernel_report.py tells)."""
 
 from __future__ import annotations
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
 
-from tests.runtime import conftest, exercised
+from tests.runtime import exercised, kernel_report
 
 EVERYWHERE = {kernel for isa in (*exercised.COMPILED, *exercised.NEON) for kernel in exercised.kernels(isa)}
 
@@ -34,12 +35,12 @@ def run(monkeypatch: pytest.MonkeyPatch):
     def end(ran: set[tuple[str, str]], expect: str = "", **options) -> tuple[int, str]:
         monkeypatch.setenv("QCOMPILER_EXPECT", expect)
         monkeypatch.setattr(exercised, "RAN", ran)
-        monkeypatch.setattr(conftest, "COLLECTED", set(conftest.FILES))
-        monkeypatch.setattr(conftest, "executable", lambda: ["avx2", "generic"])
+        monkeypatch.setattr(kernel_report, "COLLECTED", set(kernel_report.FILES))
+        monkeypatch.setattr(kernel_report, "executable", lambda: ["avx2", "generic"])
         session = SimpleNamespace(config=config(**options), exitstatus=0, shouldstop=False, shouldfail=False)
-        conftest.pytest_sessionfinish(session)
+        kernel_report.pytest_sessionfinish(session)
         lines = Lines()
-        conftest.pytest_terminal_summary(lines, session.exitstatus, session.config)
+        kernel_report.pytest_terminal_summary(lines, session.exitstatus, session.config)
         return int(session.exitstatus), lines.text
 
     return end
@@ -87,3 +88,31 @@ def test_what_programs_print_counts():
     finally:
         exercised.RAN.clear()
         exercised.RAN.update(before)
+
+
+def test_processes_tell_the_first_one_what_they_ran(run, monkeypatch: pytest.MonkeyPatch):
+    """Half of the kernels ran in one process, half in another; neither is held to all of them."""
+    everything, outputs = sorted(only("avx2", "generic")), []
+    for half in (everything[::2], everything[1::2]):
+        worker = SimpleNamespace(config=config(), exitstatus=0, shouldstop=False, shouldfail=False)
+        worker.config.workeroutput = {}
+        with monkeypatch.context() as here:
+            here.setattr(exercised, "RAN", set(half))
+            here.setattr(kernel_report, "COLLECTED", set(kernel_report.FILES))
+            kernel_report.pytest_sessionfinish(worker)
+        assert worker.exitstatus == 0
+        outputs.append(json.loads(json.dumps(worker.config.workeroutput)))  # it goes through a pipe
+
+    def merged(parts) -> set[tuple[str, str]]:
+        ran: set[tuple[str, str]] = set()
+        with monkeypatch.context() as here:
+            here.setattr(exercised, "RAN", ran)
+            here.setattr(kernel_report, "COLLECTED", collected := set())
+            for output in parts:
+                kernel_report.pytest_testnodedown(SimpleNamespace(workeroutput=output), None)
+            kernel_report.pytest_testnodedown(SimpleNamespace(), "crashed before it said anything")
+        assert collected == kernel_report.FILES
+        return ran
+
+    assert merged(outputs) == set(everything) and run(merged(outputs))[0] == 0
+    assert run(merged(outputs[:1]))[0] == 1

@@ -1,4 +1,7 @@
-"""The end of a test run says which kernels of which instruction sets were exercised; one that had to be and was not fails it."""
+"""The end of a test run says which kernels of which instruction sets were exercised; one that had to be and was not fails it.
+
+A plugin of the whole run (tests/conftest.py): where tests run in several processes, each tells the first one what it ran.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +44,17 @@ def interrupted(session: pytest.Session) -> bool:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if complete(session.config) and not interrupted(session) and missing():
+    if (said := getattr(session.config, "workeroutput", None)) is not None:
+        said["kernels"] = {"ran": sorted(exercised.RAN), "collected": sorted(COLLECTED)}
+    elif complete(session.config) and not interrupted(session) and missing():
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, in the first process
+def pytest_testnodedown(node, error: object) -> None:
+    said = getattr(node, "workeroutput", {}).get("kernels", {"ran": [], "collected": []})
+    exercised.RAN.update((isa, op) for isa, op in said["ran"])
+    COLLECTED.update(said["collected"])
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Config) -> None:
