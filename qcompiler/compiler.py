@@ -177,7 +177,7 @@ def plan(
     # What comes from a checkpoint stays in its files.
     memory = estimate.peak_memory(quantizer, weights if loaded is None else 0, bool(prepared.stored))
     result["totals"] |= {
-        "bytes": estimate.file_sizes(quantizer, prepared.module, packed, target),
+        "bytes": estimate.file_sizes(quantizer, prepared, packed, target),
         "float_bytes": weights,
         "peak_bytes": sum(memory.values()),
         "memory": memory,

@@ -10,6 +10,7 @@ from qcompiler.pipeline.memory import anonymous_bytes
 if TYPE_CHECKING:
     import torch
 
+    from qcompiler.capture.prepared import Prepared
     from qcompiler.quantizer import Quantizer
 
 # Measured on llamas of 1.4 to 500 million weights; tests hold the estimate against a real compile.
@@ -19,6 +20,8 @@ SOLVE_SHARE = 0.6
 EXPORT_BYTES = 50 * 2**20
 # Bytes of a graph by target: what every one has (function bodies among it), and what a quantized layer adds.
 GRAPH_BYTES = {"onnx": (18_000, 1_050), "onnx-stock": (3_000, 1_000), "torch": (29_000, 19_100)}
+# The function body of attention over a cache.
+ATTENTION_BYTES = 36_000
 
 
 def peak_memory(quantizer: Quantizer, held: int, widened: bool) -> dict[str, int]:
@@ -44,12 +47,14 @@ def peak_memory(quantizer: Quantizer, held: int, widened: bool) -> dict[str, int
     }
 
 
-def file_sizes(quantizer: Quantizer, module: torch.nn.Module, packed: dict[str, int], target: str) -> dict[str, int]:
+def file_sizes(quantizer: Quantizer, prepared: Prepared, packed: dict[str, int], target: str) -> dict[str, int]:
     """Bytes of the model's files by what they are, as layers.json has them; `graph` and `alignment` are rough."""
     assert quantizer.graph is not None and quantizer.context is not None
     sites = [site for site in quantizer.graph.sites if site.name in quantizer.context.schemes]
     graph, layer = GRAPH_BYTES[target]
-    in_float = float_bytes(module) - sum(4 * site.size for site in _once(sites))
+    if target == "onnx" and quantizer.recipe.own_attention and prepared.kind == "decoder" and prepared.whole is None:
+        graph += ATTENTION_BYTES
+    in_float = float_bytes(prepared.module) - sum(4 * site.size for site in _once(sites))
     sizes = {
         **packed,
         "float": max(in_float, 0),
