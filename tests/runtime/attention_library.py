@@ -8,31 +8,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from qcompiler.runtime.library_attention import AttentionCall
 from tests.runtime.kernel_library import Library
 
 # What compare_attention prints of its first 60 cases, on every machine: the arithmetic of docs/layout.md.
 DIGEST = "digest 498835eb4e8ea686"
-
-_I32 = "heads kv_heads head_size rotary interleaved window"
-
-
-class QcAttentionCall(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int32) for name in _I32.split()),
-        ("scale", ctypes.c_float),
-        *((name, ctypes.c_int64) for name in ("rows", "past")),
-        *((name, ctypes.c_void_p) for name in "qkv"),
-        *((name, ctypes.c_int64) for name in ("q_stride", "k_stride", "v_stride")),
-        *((name, ctypes.c_void_p) for name in ("past_key", "past_value")),
-        ("past_capacity", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("present_key", "present_value")),
-        ("capacity", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("cosines", "sines")),
-        ("rotary_rows", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("positions", "bias")),
-        *((name, ctypes.c_int64) for name in ("bias_head_stride", "bias_row_stride")),
-        ("y", ctypes.c_void_p),
-    ]
 
 
 @dataclass
@@ -120,7 +100,7 @@ def call(
         "bias_row_stride": 0 if a.bias is None else a.bias.shape[2],
     }  # fmt: skip
     library.c.qc_attention.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-    context, structure = library.context(isa, threads), QcAttentionCall(**said | fields)
+    context, structure = library.context(isa, threads), AttentionCall(**said | fields)
     if threads > 1:
         library.c.qc_pool_set_threads(threads)
     library.check(library.c.qc_attention(ctypes.addressof(context), ctypes.addressof(structure)))

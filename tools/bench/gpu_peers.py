@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from qcompiler.errors import UsageError
 from tools.bench.gpu_side import CHECKED, GpuCase, GpuSide, Opened, Skipped, several
+from tools.bench.peer_choice import chosen_sides
 
 
 def codes_and_scales(case: GpuCase, group: int, bits: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,15 +162,4 @@ FAMILIES: dict[str, tuple[GpuSide, ...]] = {
 
 def sides(chosen: str) -> list[GpuSide]:
     """float16 and bfloat16, which ratios are against, and the sides of `chosen`: none, all, names of programs or of sides."""
-    every = {side.name: side for family in FAMILIES.values() for side in family}
-    found: dict[str, GpuSide] = {side.name: side for side in FLOATS}
-    for name in [] if chosen == "none" else chosen.split(","):
-        if name == "all":
-            found |= every
-        elif name in FAMILIES:
-            found |= {side.name: side for side in FAMILIES[name]}
-        elif name in every:
-            found[name] = every[name]
-        else:
-            raise UsageError(f"unknown peer {name!r}; known: none, all, {', '.join([*FAMILIES, *every])}")
-    return list(found.values())
+    return list(({side.name: side for side in FLOATS} | chosen_sides(FAMILIES, chosen)).values())
