@@ -15,6 +15,7 @@ from qcompiler.capture.quiet import Quiet
 from qcompiler.errors import UnsupportedError
 from qcompiler.lower.angles import widen_angles
 from qcompiler.lower.last_logits import keep_last_logits
+from qcompiler.lower.one_token_query import one_token_queries
 from qcompiler.lower.own_attention import use_own_attention
 from qcompiler.lower.share_cache import CacheResult, cache_layers, cache_states, share_cache
 from qcompiler.ops.onnx_ops import attach_bodies
@@ -52,7 +53,7 @@ def lower(model: ir.Model, *, decoder: bool) -> Lowered:
     from qcompiler.lower import tidy
 
     notes: dict[str, Any] = {}
-    with Quiet():
+    with Quiet(), one_token_queries():
         try:
             fuse_for_onnxruntime(model, "cpu")
         except Exception as error:

@@ -53,7 +53,7 @@ MODELS: dict[str, tuple[str, dict, int | None, str]] = {
     ),
     "deepseek_v32": ("DeepseekV32ForCausalLM", _MLA, None, "growing"),
 }  # fmt: skip
-EVERY = [name if name in ("lfm2", "mamba") else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+EVERY = [name if name in ("lfm2", "mamba", "jamba") else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 
 
 @functools.cache
