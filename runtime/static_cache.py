@@ -27,6 +27,7 @@ from qcompiler.runtime.static_ops import packet
 
 aten = torch.ops.aten
 _END = 2**63 - 1
+CPU = torch.device("cpu")
 
 
 class Refused(Exception):
@@ -53,8 +54,12 @@ class StaticProgram:
     limit: int | None
 
 
-def static_program(module: GraphModule, artifact: Artifact) -> StaticProgram:
+def static_program(module: GraphModule, artifact: Artifact, device: torch.device = CPU) -> StaticProgram:
     """Rewrite a copy of an artifact's loaded program, its inputs and outputs those of the manifest by position.
+
+    Args:
+        module, artifact: the program, and the manifest of it.
+        device: where the program is; positions are made there.
 
     Raises:
         Refused: the graph is not of the form above; `module` is as it was.
@@ -63,12 +68,12 @@ def static_program(module: GraphModule, artifact: Artifact) -> StaticProgram:
     copies: dict[Node, Node] = {}
     results = graph.graph_copy(module.graph, copies)
     graph.output(results)
-    return _Edit(GraphModule(module, graph), artifact).result()
+    return _Edit(GraphModule(module, graph), artifact, device).result()
 
 
 class _Edit:
-    def __init__(self, module: GraphModule, artifact: Artifact) -> None:
-        self.module, self.graph = module, module.graph
+    def __init__(self, module: GraphModule, artifact: Artifact, device: torch.device) -> None:
+        self.module, self.graph, self.device = module, module.graph, device
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
         if artifact.cache is None or len(placeholders) != len(artifact.inputs):
             raise Refused("the program's inputs are not those of the manifest")
@@ -113,7 +118,7 @@ class _Edit:
             # Without keys and values nothing reads it, and the text is as long as its new tokens.
             first = self.growing[0] if self.growing else None
             self.capacity = call(aten.sym_size.int, (first, self.axis[first])) if first is not None else self.count
-            made: Any = {"device": torch.device("cpu"), "dtype": torch.int64}
+            made: Any = {"device": self.device, "dtype": torch.int64}
             self.positions = call(aten.add.Tensor, (call(aten.arange.default, (self.count,), made), self.filled))
             everywhere = call(aten.arange.default, (self.capacity,), made)
             self.valid = call(aten.lt.Tensor, (everywhere, call(aten.add.Tensor, (self.filled, self.count))))
@@ -130,7 +135,7 @@ class _Edit:
         elif role == "mask":
             new = call(aten.to.dtype, (call(aten.expand.default, (self.valid, [*shape, self.capacity])), val.dtype))
         else:
-            made: Any = {"device": torch.device("cpu"), "dtype": val.dtype}
+            made: Any = {"device": self.device, "dtype": val.dtype}
             new = call(aten.zeros.default, ([*shape, self.count],), made)
         new.meta["val"] = val
         if role == "mask":

@@ -28,7 +28,7 @@ def torch_decoder(program: TorchProgram, capacity: int | None = None) -> StaticD
     if program.artifact.cache is None:
         raise UnsupportedError(f"{program.artifact.path} is a decoder without a cache, which cannot generate")
     try:
-        static = static_program(program.module, program.artifact)
+        static = static_program(program.module, program.artifact, program.device)
     except Refused as why:
         return GrowingDecoder(program, str(why))
     return StaticDecoder(program, static, capacity)
