@@ -18,7 +18,7 @@ from qcompiler.ops.formats import Activation, AffineFormat, VqFormat
 from qcompiler.ops.packing import packed_bytes_of
 from qcompiler.report import tables
 from tests.runtime.fake_gpu import fake_gpus
-from tools.bench import gpu, gpu_dispatch, gpu_goals, gpu_peers, gpu_report, gpu_timing
+from tools.bench import artifacts, command, gpu, gpu_compile, gpu_dispatch, gpu_goals, gpu_peers, gpu_report, gpu_timing
 from tools.bench.gpu_ours import FORMATS, Choice, Ours, activation_of, dequantized, packed
 from tools.bench.gpu_side import TOLERANCE, GpuCase, Skipped
 
@@ -99,6 +99,12 @@ def test_a_float_side_multiplies_with_a_matrix_of_its_own_each_time(dtype: torch
 def test_weights_in_a_graph_are_more_than_a_cache_holds() -> None:
     for size in (1, 1000, 4096 * 4096 // 2, gpu_timing.COLD_BYTES, 10**9):
         assert gpu_timing.copies(size) * size >= gpu_timing.COLD_BYTES > (gpu_timing.copies(size) - 1) * size
+        assert gpu_timing.copies(size, 2**30) * size >= 2**30 > (gpu_timing.copies(size, 2**30) - 1) * size
+
+
+def test_a_large_cache_takes_more_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=126 * 2**20))
+    assert gpu_timing.cold_bytes(torch.device("cuda", 0)) == 504 * 2**20 and gpu_timing.cold_bytes(CPU) == 256 * 2**20
 
 
 @pytest.mark.parametrize("side", [gpu_peers.BitsAndBytes(), gpu_peers.GemLite()])
@@ -199,7 +205,7 @@ def results(figures: dict[tuple[int, int, int], Choice]) -> dict:
         "torch": "2", "cuda": "12", "triton": "3", "commit": "0123456789ab", "changed": False,
     }  # fmt: skip
     return {"machine": machine, "copy": copy, "cold_bytes": 2**28, "replays": 5, "search": "few", "skipped": {"x": "why"},
-            "settings": settings}  # fmt: skip
+            "unmeasured": [], "settings": settings}  # fmt: skip
 
 
 def test_a_proposed_table_takes_what_was_fastest_where_it_was_measured() -> None:
@@ -301,8 +307,11 @@ def test_without_a_gpu_one_line_says_so(capsys: pytest.CaptureFixture, monkeypat
         (["--activations", "int4"], "unknown kind of activations 'int4'"),
         (["--dtypes", "float32"], "unknown type 'float32'"),
         (["--rows", "0"], "--rows is '0', expected numbers from 1 up"),
-        (["--shapes", "4096"], "shapes are '4096', expected two numbers each as 4096x4096"),
+        (["--shapes", "4096"], "--shapes is '4096', expected two numbers as 4096x4096"),
         (["--peers", "cutlass"], "unknown peer 'cutlass'"),
+        (["--budget", "0"], "--budget is 0, expected seconds above 0"),
+        (["--jobs", "-1"], "--jobs is -1"),
+        (["--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
         (["--replays", "1"], "--replays is 1, expected at least 2"),
         (["--device", "cpu"], "tools/bench/kernels a CPU"),
     ],
@@ -324,6 +333,14 @@ def test_what_nvidia_smi_says_and_does_not_say() -> None:
     assert set(gpu.smi("0", missing).values()) == {"unknown"}
 
 
+def test_a_machine_without_git_is_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert artifacts.git("rev-parse", "HEAD") == ""
+    found = results({(64, 64, 1): SMALL})
+    found["machine"]["commit"] = ""
+    assert "commit unknown" in shown(found)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 def test_a_run_measures_every_side_that_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """On the CPU, with the graphs replaced: our kernel interpreted, float16 as torch has it there."""
@@ -343,7 +360,7 @@ def test_a_run_measures_every_side_that_runs(monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr(gpu, "machine", lambda device: results({})["machine"])
     monkeypatch.setattr(gpu.torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(gpu_timing, "samples", samples)
-    monkeypatch.setattr(gpu_timing, "copies", lambda size: 2)
+    monkeypatch.setattr(gpu_timing, "copies", lambda size, cold: 2)
     monkeypatch.setattr(gpu_timing, "COPY_BYTES", 1000)
     arguments = ["--formats", "vq3", "--activations", "float", "--rows", "1,2", "--shapes", "16x128", "--replays", "3"]
     found = gpu.run(gpu.options([*arguments, "--peers", "torch"]))
@@ -352,7 +369,7 @@ def test_a_run_measures_every_side_that_runs(monkeypatch: pytest.MonkeyPatch, ca
         assert list(setting["sides"]) == ["float16", "bfloat16", "vq3"]
         vq3 = setting["sides"]["vq3"]
         assert vq3["kernel"] == "dot" and vq3["ratios"]["float16"] == 1 and vq3["matrices"] == 2 and vq3["error"] < 0.001
-    assert found["copy"]["median"] == 2e9
+    assert found["copy"]["median"] == 2e9 and found["unmeasured"] == []
     assert set(found["skipped"]) == {"torch-int4-g32", "torch-int4-g128", "torch-int-mm"}
     assert "vq3" in shown(found)
 
@@ -362,10 +379,67 @@ def test_a_run_measures_every_side_that_runs(monkeypatch: pytest.MonkeyPatch, ca
     assert len(searched["failed"]) == 1 and searched["failed"][0].startswith("int_mm chunk=0: ")
 
 
+def test_what_was_measured_is_kept_though_a_run_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a budget, which says what is missing, or by the machine: the file is whole after every setting."""
+    now, path = [0.0], tmp_path / "found.json"
+
+    def measured(side, case, *_) -> dict:
+        if cut and case.rows == 4:
+            raise KeyboardInterrupt
+        now[0] += 10
+        return side_figures
+
+    side_figures, cut = side(None, 1e-6), False
+    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(gpu, "gpu", lambda name: CPU)
+    monkeypatch.setattr(gpu, "machine", lambda device: results({})["machine"])
+    monkeypatch.setattr(gpu.torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(gpu_timing, "copy_rate", lambda device, replays: seconds(1e9))
+    monkeypatch.setattr(gpu, "measure", measured)
+    arguments = ["--formats", "none", "--peers", "none", "--shapes", "16x64,32x64", "--rows", "1,4", "--json", str(path)]
+    assert gpu.main([*arguments, "--budget", "45"]) == 0
+    found = json.loads(path.read_text())
+    assert [(s["n"], s["rows"], len(s["sides"])) for s in found["settings"]] == [(16, 1, 2), (32, 1, 2), (16, 4, 1)]
+    assert found["unmeasured"] == ["16 x 64, 4 rows: bfloat16", "32 x 64, 4 rows: float16", "32 x 64, 4 rows: bfloat16"]
+    assert "NOT MEASURED, the run ended before: 3, from 16 x 64, 4 rows: bfloat16 on" in shown(found)
+
+    cut = True
+    path.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(arguments)
+    assert [(s["n"], s["rows"]) for s in json.loads(path.read_text())["settings"]] == [(16, 1), (32, 1)]
+    assert [file.name for file in tmp_path.iterdir()] == ["found.json"]
+
+
+def test_kernels_are_compiled_by_side_and_choice() -> None:
+    """Cases with the same kernel and configuration share most of what is compiled: one process goes through them."""
+    pytest.importorskip("triton")
+    cases = [case(n, 4096, rows) for rows in (1, 4, 16, 64) for n in (4096, 8192)]
+    sides = [Ours("int4-g128"), Ours("vq3", "int8")]
+    found = gpu_compile.tasks(sides, cases, gpu.NAMED)
+    assert [(s.name, s.choice.kernel, len(own)) for s, own in found] == [
+        ("int4-g128", "gemv", 2), ("int4-g128", "dot", 4), ("int4-g128", "dot", 2), ("vq3 int8", "dot", 6),
+        ("vq3 int8", "dot", 2),
+    ]  # fmt: skip
+    every = gpu_compile.tasks(sides, cases, "few")
+    tried = [(c.text, own.rows) for own in cases for c in gpu_dispatch.candidates(sides[0], own.rows, "few")]
+    assert sorted((s.choice.text, own.rows) for s, each in every if s.name == "int4-g128" for own in each) == sorted(tried)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+def test_processes_compile_and_say_nothing_of_what_fails(capfd: pytest.CaptureFixture) -> None:
+    """Without a GPU every call fails there; the run goes on to measure, which tells why."""
+    pytest.importorskip("triton")
+    gpu_compile.compiled([Ours("int8"), Ours("vq3")], [case(16, 128)], gpu.NAMED, 2, command.Budget(None))
+    assert capfd.readouterr().err == "compiling: 2 kernels and configurations by 2 processes\n"
+    assert gpu_compile.call(Ours("int8"), [case(16, 128)] * 2) == 0
+
+
 def test_a_run_goes_from_options_to_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """With the measuring replaced: what is asked for reaches every side, and JSON and table come out."""
     found = results({(64, 64, 1): SMALL})
-    monkeypatch.setattr(gpu, "run", lambda chosen: found)
+    monkeypatch.setattr(gpu, "run", lambda chosen, keep: found)
     json_file, table_file = tmp_path / "found.json", tmp_path / "dispatch.json"
     assert gpu.main(["--json", str(json_file), "--write-dispatch", str(table_file)]) == 0
     written = json.loads(json_file.read_text())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.runtime.fake_gpu import fake_gpus
-from tools.bench import gpu_solver
+from tools.bench import command, gpu_solver
 from tools.bench.gpu_solver import LAYERS, Layer
 
 
@@ -54,6 +54,25 @@ def test_a_small_run_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert all(one["seconds"] > 0 and (one["n"], one["k"]) == (256, 256) for one in found["measured"])
     text = capsys.readouterr().out
     assert "SHRUNK by 1000" in text and "SOME of a block" in text
+
+
+def test_a_budget_ends_a_run_and_says_what_is_missing(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    now, path = [0.0], tmp_path / "found.json"
+
+    def timed(solve, device, repeats) -> dict:
+        now[0] += 10
+        return {"seconds": 10.0, "samples": [10.0], "peak_bytes": None, "fallback": False}
+
+    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(gpu_solver, "timed", timed)
+    arguments = ["--device", "cpu", "--shrink", "1000", "--layers", "v,down", "--solvers", "2D", "--budget", "25"]
+    assert gpu_solver.main([*arguments, "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert [(one["layer"], one["solver"]) for one in found["measured"]] == [
+        ("k, v", "gptvq 2D 2.25"), ("k, v", "gptvq 2D 3.125"), ("down", "gptvq 2D 2.25"),
+    ]  # fmt: skip
+    assert found["unmeasured"] == ["down: gptvq 2D 3.125"]
+    assert "NOT MEASURED, the run ended before: down: gptvq 2D 3.125" in " ".join(capsys.readouterr().out.split())
 
 
 def test_without_a_gpu_one_line_says_so(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

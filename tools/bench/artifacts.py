@@ -109,6 +109,9 @@ def _size(path: Path) -> int:
 
 
 def git(*arguments: str) -> str:
-    """What git prints in this repository, nothing where there is none."""
-    run = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+    """What git prints in this repository, nothing where there is no repository or no git."""
+    try:
+        run = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return ""
     return run.stdout.strip() if run.returncode == 0 else ""

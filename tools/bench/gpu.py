@@ -1,33 +1,40 @@
 """Speed of the GPU kernels in every format, beside float16 and bfloat16 torch.matmul, a device copy and other programs.
 
-    ./tools/bench/gpu --json gpu.json
+    ./tools/bench/gpu --json gpu.json --budget 480
     ./tools/bench/gpu --formats int4-g128,vq3 --peers none --rows 1,16 --shapes 8192x8192
     ./tools/bench/gpu --search all --write-dispatch dispatch.json
 
 Every side is captured in a CUDA graph that goes through as many matrices as no second cache holds; what is shown is the median
-over replays. `--search` tries kernels and configurations in place of those that the dispatch table names, and shows the fastest;
-`--write-dispatch` makes a table of them, which the environment variable QCOMPILER_GPU_DISPATCH or a copy into the package puts
-to use. Peers that are not installed are skipped with a word. docs/gpu.md says more.
+over replays. Few rows are measured before many, on every shape; `--json` is written anew after each number of rows and shape, so
+that a run that is cut leaves what it had, and `--budget` ends one by itself. Kernels are compiled by `--jobs` processes at once
+before anything is measured; Triton keeps them on disk, so that a second run begins at once. `--search` tries kernels and
+configurations in place of those that the dispatch table names, and shows the fastest; `--write-dispatch` makes a table of them,
+which the environment variable QCOMPILER_GPU_DISPATCH or a copy into the package puts to use. Peers that are not installed are
+skipped with a word. docs/gpu.md says more.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qcompiler.errors import QCompilerError, UnsupportedError, UsageError
-from qcompiler.report import environment, tables
+from qcompiler.errors import UnsupportedError, UsageError
+from qcompiler.report import environment
 from qcompiler.runtime.device import find_device
-from tools.bench import gpu_dispatch, gpu_peers, gpu_report, gpu_timing
+from tools.bench import gpu_compile, gpu_dispatch, gpu_peers, gpu_report, gpu_timing
 from tools.bench.artifacts import git
+from tools.bench.command import Budget, Keep, names, numbers, shapes, tell
+from tools.bench.command import run as run_command
 from tools.bench.gpu_ours import ACTIVATIONS, FORMATS, Ours, activation_of
 from tools.bench.gpu_side import TOLERANCE, GpuCase, GpuSide, Opened, Skipped
 
@@ -49,6 +56,9 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shapes", default=SHAPES, metavar="NxK,…", help=f"outputs x inputs [{SHAPES}]")
     parser.add_argument("--search", choices=SEARCHES, help="what is measured of ours [table; few with --write-dispatch]")
     parser.add_argument("--replays", type=int, default=30, metavar="N", help="of each graph [30]")
+    parser.add_argument("--budget", type=float, metavar="S", help="seconds after which nothing new is measured [any]")
+    jobs = min(gpu_compile.MOST, os.cpu_count() or 1)
+    parser.add_argument("--jobs", type=int, default=jobs, metavar="N", help=f"processes that compile kernels [{jobs}]")
     parser.add_argument("--device", default="cuda", metavar="NAME", help="cuda or cuda:N [cuda]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go too")
     parser.add_argument("--write-dispatch", type=Path, metavar="FILE", help="where a dispatch table of the fastest goes")
@@ -57,78 +67,90 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     chosen = options(arguments)
-    try:
-        results = run(chosen)
-    except QCompilerError as error:
-        print(f"gpu: {error}", file=sys.stderr)
-        return error.exit_code
-    document = gpu_report.document(results, sys.argv[1:] if arguments is None else arguments)
-    if chosen.json:
-        chosen.json.write_text(document.to_json() + "\n")
-    if chosen.write_dispatch:
-        chosen.write_dispatch.write_text(json.dumps(gpu_dispatch.proposed(results), indent=1) + "\n")
-    tables.show(document)
-    return 0
+    write_table = lambda results, path: path.write_text(json.dumps(gpu_dispatch.proposed(results), indent=1) + "\n")  # noqa: E731
+    return run_command(
+        "gpu", arguments, lambda keep: run(chosen, keep), gpu_report.document, chosen.json, [(chosen.write_dispatch, write_table)]
+    )
 
 
-def run(chosen: argparse.Namespace) -> dict[str, Any]:
+def run(chosen: argparse.Namespace, keep: Keep = lambda results: None) -> dict[str, Any]:
     """Everything measured: the machine, its copy rate, a setting for every shape and number of rows, what was skipped.
+
+    Args:
+        keep: is called with that after each setting.
 
     Raises:
         UsageError: an option that is not understood.
         UnsupportedError: no GPU, or one that the kernels do not run on.
     """
-    shapes, rows = asked_shapes(chosen.shapes), _numbers("rows", chosen.rows)
+    sizes, rows = shapes("shapes", chosen.shapes), numbers("rows", chosen.rows)
     sides = [*gpu_peers.sides(chosen.peers), *ours(chosen)]
     if chosen.replays < 2:
         raise UsageError(f"--replays is {chosen.replays}, expected at least 2")
+    if chosen.jobs < 0:
+        raise UsageError(f"--jobs is {chosen.jobs}, expected 0 or more")
     if chosen.device == "cpu":
         raise UsageError("--device is 'cpu', expected cuda or cuda:N: this measures a GPU, tools/bench/kernels a CPU")
-    device = gpu(chosen.device)
+    budget, device = Budget(chosen.budget), gpu(chosen.device)
     search = chosen.search or (gpu_dispatch.FEW if chosen.write_dispatch else NAMED)
-    settings: list[dict[str, Any]] = []
-    skipped: dict[str, str] = {}
-    with torch.cuda.device(device), torch.inference_mode():
-        copy = gpu_timing.copy_rate(device, chosen.replays)
-        for n, k in shapes:
-            for row in rows:
-                case = GpuCase(n, k, row, device)
-                measured: dict[str, dict[str, Any]] = {}
-                for side in sides:
-                    _tell(f"{n} x {k}, {row} rows: {side.name}")
-                    try:
-                        measured[side.name] = measure(side, case, chosen.replays, search)
-                    except Skipped as reason:
-                        place = side.name if row == rows[0] and (n, k) == shapes[0] else f"{side.name} ({n}x{k}, {row} rows)"
-                        if str(reason) != skipped.get(side.name):
-                            skipped[place] = str(reason)
-                        _tell(f"  skipped: {reason}")
-                settings.append(gpu_report.setting(n, k, row, measured, copy))
-    return {
-        "machine": machine(device), "copy": copy, "cold_bytes": gpu_timing.COLD_BYTES, "replays": chosen.replays,
-        "search": search, "skipped": skipped, "settings": settings,
+    cases = [GpuCase(n, k, row, device) for row in rows for n, k in sizes]
+    cold = gpu_timing.cold_bytes(device)
+    results: dict[str, Any] = {
+        "machine": machine(device), "copy": None, "cold_bytes": cold, "replays": chosen.replays, "search": search, "skipped": {},
+        "unmeasured": [f"{case.title}: {side.name}" for case in cases for side in sides], "settings": [],
     }  # fmt: skip
+    with torch.cuda.device(device), torch.inference_mode():
+        results["copy"] = gpu_timing.copy_rate(device, chosen.replays)
+        gpu_compile.compiled([side for side in sides if isinstance(side, Ours)], cases, search, chosen.jobs, budget)
+        for case in cases:
+            measured = dict(_setting(case, sides, chosen.replays, search, budget, results))
+            if measured:
+                found = gpu_report.setting(case.n, case.k, case.rows, measured, results["copy"])
+                results["settings"].append(found)
+                keep(results)
+    return results
 
 
 # ---- measuring
 
 
-def measure(side: GpuSide, case: GpuCase, replays: int, search: str = NAMED) -> dict[str, Any]:
-    """One side of a setting; of ours the fastest of what is tried.
+def _setting(
+    case: GpuCase, sides: list[GpuSide], replays: int, search: str, budget: Budget, results: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and figures of the sides that run, as long as there is time; those that do not are noted in the results."""
+    skipped: dict[str, str] = results["skipped"]
+    for side in sides:
+        if budget.spent:
+            return
+        title = f"{case.title}: {side.name}"
+        tell(title)
+        results["unmeasured"].remove(title)
+        try:
+            yield side.name, measure(side, case, replays, search, results["cold_bytes"])
+        except Skipped as reason:
+            if str(reason) != skipped.get(side.name):
+                skipped[side.name if side.name not in skipped and not results["settings"] else title] = str(reason)
+            tell(f"  skipped: {reason}")
+
+
+def measure(
+    side: GpuSide, case: GpuCase, replays: int, search: str = NAMED, cold: int = gpu_timing.COLD_BYTES
+) -> dict[str, Any]:
+    """One side of a setting; of ours the fastest of what is tried. `cold`: bytes of the matrices of a side.
 
     Raises:
         Skipped: it does not run, or its product is wrong.
     """
     if not isinstance(side, Ours):
-        return timed(side, case, replays)
+        return timed(side, case, replays, cold)
     about = {"op": side.op, "format": side.format.label, "activation": activation_of(side.activations, side.format).label}
     if search == NAMED:
-        return {**timed(side, case, replays), **about}
+        return {**timed(side, case, replays, cold), **about}
     tried: list[dict[str, Any]] = []
     wrong: list[str] = []
     for choice in gpu_dispatch.candidates(side, case.rows, search):
         try:
-            tried.append(timed(replace(side, choice=choice), case, replays))
+            tried.append(timed(replace(side, choice=choice), case, replays, cold))
         except Skipped as reason:
             wrong.append(f"{choice.text}: {reason}")
     if not tried:
@@ -138,14 +160,14 @@ def measure(side: GpuSide, case: GpuCase, replays: int, search: str = NAMED) -> 
     return {**best, **about, "tried": others, "failed": wrong}
 
 
-def timed(side: GpuSide, case: GpuCase, replays: int) -> dict[str, Any]:
+def timed(side: GpuSide, case: GpuCase, replays: int, cold: int) -> dict[str, Any]:
     """A side opened, its product checked, its graph replayed.
 
     Raises:
         Skipped: it does not run, or its product is wrong.
     """
     try:
-        opened = side.open(case, gpu_timing.copies)
+        opened = side.open(case, partial(gpu_timing.copies, cold=cold))
         return _checked(opened, opened.error(), replays) | {"family": side.family}
     except torch.OutOfMemoryError as error:
         raise Skipped(f"out of memory: {str(error).splitlines()[0]}") from error
@@ -211,38 +233,9 @@ def smi(gpu: str, run: Any = subprocess.run) -> dict[str, str]:
 
 def ours(chosen: argparse.Namespace) -> list[Ours]:
     """Our sides."""
-    formats = _chosen("format", chosen.formats, FORMATS) if chosen.formats != "none" else []
-    kinds, dtypes = _chosen("kind of activations", chosen.activations, ACTIVATIONS), _chosen("type", chosen.dtypes, DTYPES)
+    formats = names("format", chosen.formats, FORMATS)
+    kinds, dtypes = names("kind of activations", chosen.activations, ACTIVATIONS), names("type", chosen.dtypes, DTYPES)
     return [Ours(name, kind, DTYPES[dtype]) for name in formats for kind in kinds for dtype in dtypes]
-
-
-def _chosen(what: str, text: str, known: Any) -> list[str]:
-    for name in text.split(","):
-        if name not in known:
-            raise UsageError(f"unknown {what} {name!r}; known: {', '.join(known)}")
-    return list(dict.fromkeys(text.split(",")))
-
-
-def _numbers(name: str, text: str) -> list[int]:
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
-        raise UsageError(f"--{name} is {text!r}, expected numbers from 1 up with commas between them")
-    return list(dict.fromkeys(map(int, text.split(","))))
-
-
-def asked_shapes(text: str) -> list[tuple[int, int]]:
-    """`NxK,…`.
-
-    Raises:
-        UsageError: it is not that.
-    """
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*", text):
-        raise UsageError(f"shapes are {text!r}, expected two numbers each as 4096x4096, with commas between them")
-    found = (tuple(map(int, part.split("x"))) for part in text.split(","))
-    return list(dict.fromkeys((n, k) for n, k in found))
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -119,12 +119,16 @@ class Ours:
         )  # fmt: skip
         return Choice(found.kernel, dict(found.config))
 
-    def open(self, case: GpuCase, matrices: Callable[[int], int]) -> Opened:
+    def opened(self, case: GpuCase) -> tuple[dict[str, torch.Tensor], Callable[[Mapping[str, torch.Tensor]], torch.Tensor]]:
+        """A weight and the product of the case's activations with it, once done: its kernels are compiled.
+
+        Raises:
+            Skipped: a candidate that the op does not have.
+        """
         from qcompiler.gpu import dispatch
         from qcompiler.ops.torch_ops import overload
 
         spec, tensors = SPECS[self.op], packed(case, self.format)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         values = spec.values(self.attributes(case))
         x, op, choice = case.x(self.dtype), overload(self.op), self.chosen(case)
 
@@ -135,10 +139,16 @@ class Ours:
 
         try:
             product(tensors)
-        except UnsupportedError as error:  # a candidate that the op does not have
+        except UnsupportedError as error:
             raise Skipped(str(error)) from error
+        return tensors, product
+
+    def open(self, case: GpuCase, matrices: Callable[[int], int]) -> Opened:
+        tensors, product = self.opened(case)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         weights = [dict(zip(tensors, parts, strict=True)) for parts in several(tuple(tensors.values()), matrices(size))]
-        some = torch.from_numpy(dequantized(case, self.format, tensors))
-        calls = [partial(product, w) for w in weights]
+        some = torch.from_numpy(dequantized(case, self.format, tensors)).to(case.device)
+        calls, choice = [partial(product, weight) for weight in weights], self.chosen(case)
         about = {"kernel": choice.kernel, "config": dict(choice.config)}
-        return Opened(calls, size, lambda: (calls[0]()[:, :CHECKED], x.float().cpu() @ some.t()), about)
+        expected = lambda: case.x(self.dtype).float() @ some.t()  # noqa: E731
+        return Opened(calls, size, lambda: (calls[0]()[:, :CHECKED], expected()), about)

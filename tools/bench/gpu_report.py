@@ -34,13 +34,14 @@ def setting(n: int, k: int, rows: int, sides: dict[str, dict[str, Any]], copy: d
 
 
 def document(results: dict[str, Any], command: list[str]) -> Document:
-    """The report of a run; `results` has machine, copy, replays, search, skipped and settings."""
+    """The report of a run; `results` as `gpu.run` gives them."""
     machine, copy = results["machine"], results["copy"]
     clocks = ", ".join(f"{name} {value}" for name, value in machine["clocks"].items())
     lines = [
         f"{machine['device']} (compute capability {machine['capability']}), driver {machine['driver']}, {clocks}, "
         f"ECC {machine['ecc']}",
-        f"torch {machine['torch']} (CUDA {machine['cuda']}), triton {machine['triton']}, commit {machine['commit'][:10]}"
+        f"torch {machine['torch']} (CUDA {machine['cuda']}), triton {machine['triton']}, commit "
+        f"{machine['commit'][:10] or 'unknown'}"
         f"{'+' if machine['changed'] else ''}",
         f"device copy: {_spread(copy, 1e-9, 0)} GB/s, bytes read and written: the limit that shares are of",
         f"CUDA graphs over different matrices, {results['cold_bytes'] / 2**20:.0f} MiB at least, so that no weight is in the "
@@ -48,6 +49,8 @@ def document(results: dict[str, Any], command: list[str]) -> Document:
         "GB/s: of the weight as stored, its scales and codebooks included; ratios above 1: the row is faster than the column",
         *skipped_lines(results["skipped"]),
     ]
+    if left := results["unmeasured"]:
+        lines.append(f"NOT MEASURED, the run ended before: {len(left)}, from {left[0]} on")
     blocks: list[Table | Text] = [Text("", lines), *(table(found) for found in results["settings"])]
     data = {"command": command, **results}
     return Document("bench-gpu", data, [*blocks, *losses(results["settings"]), *goal_table(results["settings"])])

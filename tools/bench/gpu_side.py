@@ -24,6 +24,11 @@ class GpuCase:
     rows: int
     device: torch.device
 
+    @property
+    def title(self) -> str:
+        """`4096 x 14336, 16 rows`."""
+        return f"{self.n} x {self.k}, {self.rows} row{'s' * (self.rows > 1)}"
+
     def x(self, dtype: torch.dtype) -> torch.Tensor:
         """The activations `[rows, k]`: normal, the same in every side but for their rounding."""
         generator = torch.Generator(self.device).manual_seed(7)

@@ -7,7 +7,9 @@
 Random weights, and second moments of random inputs whose covariance has eigenvalues 1/i and a few channels 30 times as large, in
 the sizes of the model: a layer's solver sees what it would see in a compile but for the weights' values. Layers of the same shape
 are solved once and counted as often as a block has them. Times are of the solver alone, with the comparison that a compile makes:
-no forward passes, no reading, no packing; the first solve of each shape is not counted. `--shrink F` divides the sizes by F.
+no forward passes, no reading, no packing; a small solve before, which loads the libraries, does not count. `--json` is written
+anew after each solve, so that a run that is cut leaves what it had, and `--budget` ends one by itself. `--shrink F` divides the
+sizes by F.
 """
 
 from __future__ import annotations
@@ -24,20 +26,23 @@ from typing import Any
 
 import torch
 
-from qcompiler.errors import CapacityError, QCompilerError, UsageError
+from qcompiler.errors import CapacityError, UsageError
 from qcompiler.numerics.gptq import GptqOptions, gptq
 from qcompiler.numerics.gptvq import GptvqOptions, gptvq
 from qcompiler.ops.formats import AffineFormat
-from qcompiler.report import environment, tables
+from qcompiler.report import environment
 from qcompiler.report.doctor import cpu_model
 from qcompiler.report.tables import Column, Document, Table, Text
 from tools.bench.artifacts import git
+from tools.bench.command import Budget, Keep, tell
+from tools.bench.command import run as run_command
 from tools.bench.gptvq import shape_of
 from tools.bench.gpu import gpu
 from tools.bench.gpu import machine as gpu_machine
 
 BLOCKS = 80
 LEAST = 256  # rows and columns of a shrunk layer, which are multiples of it
+WARM = 512  # of the layer that is solved before
 PUBLISHED_HOURS = (3, 11)  # of GPTVQ for a model of 70B on one H100, as its paper has them
 
 
@@ -87,26 +92,18 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shrink", type=int, default=1, metavar="F", help="divide the layers' sizes [1]")
     parser.add_argument("--repeats", type=int, default=1, metavar="N", help="solves that count [1]")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and inputs [0]")
+    parser.add_argument("--budget", type=float, metavar="S", help="seconds after which nothing new is solved [any]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go too")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     chosen = options(arguments)
-    try:
-        results = run(chosen)
-    except QCompilerError as error:
-        print(f"gpu-solver: {error}", file=sys.stderr)
-        return error.exit_code
-    document = report(results, sys.argv[1:] if arguments is None else arguments)
-    if chosen.json:
-        chosen.json.write_text(document.to_json() + "\n")
-    tables.show(document)
-    return 0
+    return run_command("gpu-solver", arguments, lambda keep: run(chosen, keep), report, chosen.json)
 
 
-def run(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Every solver on every layer.
+def run(chosen: argparse.Namespace, keep: Keep = lambda results: None) -> dict[str, Any]:
+    """Every solver on every layer; `keep` is called with what there is after each.
 
     Raises:
         UsageError: an option that is not understood.
@@ -118,27 +115,40 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"--solvers is {chosen.solvers!r}, expected some of {', '.join(solvers())}")
     if chosen.shrink < 1 or chosen.repeats < 1:
         raise UsageError(f"--shrink is {chosen.shrink} and --repeats {chosen.repeats}, expected at least 1")
-    layers = asked_layers(chosen.layers)
+    layers, budget = [layer.shrunk(chosen.shrink) for layer in asked_layers(chosen.layers)], Budget(chosen.budget)
     if chosen.device == "cpu":
         device = torch.device("cpu")
     else:
         device = gpu(chosen.device, "--device cpu --shrink 32 shows on any machine that it runs")
-    measured = []
+    measured: list[dict[str, Any]] = []
+    results: dict[str, Any] = {
+        "machine": described(device), "shrink": chosen.shrink, "repeats": chosen.repeats, "seed": chosen.seed,
+        "measured": measured, "sums": [], "unmeasured": [f"{layer.name}: {name}" for layer in layers for name in named],
+    }  # fmt: skip
+    if device.type == "cuda":
+        small = random_layer(Layer("small", WARM, WARM), device, chosen.seed)
+        for solve in named.values():
+            solve(*small)
     for layer in layers:
-        one = layer.shrunk(chosen.shrink)
-        _tell(f"{one.name}: {one.n} x {one.k}, weights and moments")
+        if budget.spent:
+            break
+        tell(f"{layer.name}: {layer.n} x {layer.k}, weights and moments")
         try:
-            weight, hessian = random_layer(one, device, chosen.seed)
+            weight, hessian = random_layer(layer, device, chosen.seed)
             for name, solve in named.items():
-                _tell(f"{one.name}: {name}")
+                if budget.spent:
+                    break
+                tell(f"{layer.name}: {name}")
+                results["unmeasured"].remove(f"{layer.name}: {name}")
                 found = timed(partial(solve, weight, hessian), device, chosen.repeats)
-                measured.append({"layer": one.name, "n": one.n, "k": one.k, "count": one.count, "solver": name, **found})
+                measured.append({"layer": layer.name, "n": layer.n, "k": layer.k, "count": layer.count, "solver": name, **found})
+                results["sums"] = sums(measured)
+                keep(results)
             del weight, hessian
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
-            raise CapacityError(f"{one.name} ({one.n} x {one.k}) does not fit on {device}: {reason}") from error
-    return {"machine": described(device), "shrink": chosen.shrink, "repeats": chosen.repeats, "seed": chosen.seed,
-            "measured": measured, "sums": sums(measured)}  # fmt: skip
+            raise CapacityError(f"{layer.name} ({layer.n} x {layer.k}) does not fit on {device}: {reason}") from error
+    return results
 
 
 def asked_layers(text: str) -> list[Layer]:
@@ -171,19 +181,18 @@ def random_layer(layer: Layer, device: torch.device, seed: int) -> tuple[torch.T
 
 
 def timed(solve: Callable[[], Any], device: torch.device, repeats: int) -> dict[str, Any]:
-    """Seconds of a solve, of those after the first; the most memory that the device held beside what it held before."""
+    """Seconds of a solve; the most memory that the device held beside what it held before."""
     cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if cuda else 0
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     seconds = []
-    for index in range(repeats + 1):
+    for _ in range(repeats):
         start = time.perf_counter()
         result = solve()
         if cuda:
             torch.cuda.synchronize(device)
-        if index:
-            seconds.append(time.perf_counter() - start)
+        seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated(device) - before if cuda else None
     return {"seconds": median(seconds), "samples": seconds, "peak_bytes": peak, "fallback": result.fallback}
 
@@ -214,8 +223,8 @@ def described(device: torch.device) -> dict[str, Any]:
 def report(results: dict[str, Any], command: list[str]) -> Document:
     machine = results["machine"]
     lines = [
-        f"{machine['device']}, torch {machine['torch']}, commit {machine['commit'][:10]}; medians of {results['repeats']} solves "
-        "after one that does not count",
+        f"{machine['device']}, torch {machine['torch']}, commit {machine['commit'][:10] or 'unknown'}; medians of "
+        f"{results['repeats']} solves",
         "solver alone: no forward passes, no reading, no packing",
     ]
     if "driver" in machine:
@@ -223,6 +232,8 @@ def report(results: dict[str, Any], command: list[str]) -> Document:
         lines.append(f"driver {machine['driver']}, {clocks}, ECC {machine['ecc']}")
     if results["shrink"] > 1:
         lines.append(f"SHRUNK by {results['shrink']}: sizes are not those of the model, and the sums say nothing of it")
+    if left := results["unmeasured"]:
+        lines.append(f"NOT MEASURED, the run ended before: {', '.join(left)}")
     if any(one["fallback"] for one in results["measured"]):
         solved = ", ".join(f"{one['solver']} on {one['layer']}" for one in results["measured"] if one["fallback"])
         lines.append(f"kept rounding to nearest, which had the lower loss: {solved}")
@@ -247,10 +258,6 @@ def _sums(results: dict[str, Any]) -> Table:
     layers = {True: "all of a block", False: "SOME of a block"}
     rows = [[one["solver"], one["block_seconds"], one["model_seconds"], layers[one["whole"]]] for one in results["sums"]]
     return Table(f"sums (published for 70B on one H100, with all else that it takes: {low} to {high} h)", columns, rows)
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

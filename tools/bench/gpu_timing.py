@@ -13,15 +13,22 @@ from typing import Any
 import numpy as np
 import torch
 
-COLD_BYTES = 256 * 2**20  # of weights in a graph: five times the second cache of the largest cards
+COLD_BYTES = 256 * 2**20  # of weights in a graph, at least, and
+COLD_CACHES = 4  # times the second cache
 LEAST = 2e-4  # seconds of a replay, which events measure to a per cent or better
 WARM = 3
 COPY_BYTES = 2**30
 
 
-def copies(matrix_bytes: int) -> int:
-    """Matrices of that size that a graph goes through."""
-    return max(1, -(-COLD_BYTES // matrix_bytes))
+def cold_bytes(device: torch.device) -> int:
+    """Bytes of weights of which none is in the second cache of the device when its turn comes again."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    return max(COLD_BYTES, COLD_CACHES * cache)
+
+
+def copies(matrix_bytes: int, cold: int = COLD_BYTES) -> int:
+    """Matrices of that size that a graph goes through, `cold` bytes together at least."""
+    return max(1, -(-cold // matrix_bytes))
 
 
 def samples(calls: Sequence[Callable[[], Any]], replays: int) -> list[float]:
@@ -46,7 +53,8 @@ def samples(calls: Sequence[Callable[[], Any]], replays: int) -> list[float]:
 
 def _captured(calls: Sequence[Callable[[], Any]], times: int) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # A stream of this device: torch keeps one for all captures, of the device that was current at the first.
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
         for _ in range(times):
             for call in calls:
                 call()

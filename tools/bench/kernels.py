@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -23,11 +22,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from qcompiler.errors import QCompilerError, UsageError
+from qcompiler.errors import UsageError
 from qcompiler.ops.formats import Activation
-from qcompiler.report import tables
 from qcompiler.runtime import library
 from tools.bench import kernel_peers, kernels_report
+from tools.bench.command import Keep, names, numbers, shapes, tell
+from tools.bench.command import run as run_command
 from tools.bench.kernels_limit import Limits
 from tools.bench.kernels_ours import FORMATS, Ours, Weights
 from tools.bench.kernels_side import TOLERANCE, Case, Opened, Side, Skipped
@@ -63,37 +63,31 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     chosen = options(arguments)
-    try:
-        results = run(chosen)
-    except QCompilerError as error:
-        print(f"kernels: {error}", file=sys.stderr)
-        return error.exit_code
-    document = kernels_report.document(results, sys.argv[1:] if arguments is None else arguments)
-    if chosen.json:
-        chosen.json.write_text(document.to_json() + "\n")
-    if chosen.csv:
-        kernels_report.write_csv(results, chosen.csv)
-    tables.show(document)
-    return 0
+    return run_command(
+        "kernels", arguments, lambda keep: run(chosen, keep), kernels_report.document, chosen.json,
+        [(chosen.csv, kernels_report.write_csv)],
+    )  # fmt: skip
 
 
-def run(chosen: argparse.Namespace) -> dict[str, Any]:
+def run(chosen: argparse.Namespace, keep: Keep = lambda results: None) -> dict[str, Any]:
     """Everything measured: a list of settings (threads and rows), each with its limits and sides, and what was skipped."""
     load = os.getloadavg()[0]
-    n, k = _shape(chosen.shape or ("1024x1024" if chosen.resident else "4096x4096"))
+    ((n, k), *more) = shapes("shape", chosen.shape or ("1024x1024" if chosen.resident else "4096x4096"))
+    if more:
+        raise UsageError(f"--shape is {chosen.shape!r}, expected one")
     megabytes = chosen.megabytes if chosen.megabytes is not None else 4 if chosen.resident else 256
-    formats = _chosen("format", chosen.formats, FORMATS)
-    rows, threads = (_numbers(name, getattr(chosen, name)) for name in ("rows", "threads"))
+    formats = names("format", chosen.formats, FORMATS)
+    rows, threads = (numbers(name, getattr(chosen, name)) for name in ("rows", "threads"))
     if chosen.rounds < 1:
         raise UsageError(f"--rounds is {chosen.rounds}, expected at least 1")
     peers = kernel_peers.sides(chosen.peers)
     first = Case(n, k, rows[0], threads[0], int(1e6 * megabytes))
-    _tell(f"weights: a file for {len(formats)} formats, matrices of {n} x {k}")
+    tell(f"weights: a file for {len(formats)} formats, matrices of {n} x {k}")
     weights = Weights(first, [FORMATS[name] for name in formats] or [FORMATS["int8"]], chosen.work)
     sides: list[Side] = [
         Ours(name, weights, activation, isa)
         for name in formats
-        for activation in (ACTIVATIONS[a] for a in _chosen("kind of activations", chosen.activations, ACTIVATIONS))
+        for activation in (ACTIVATIONS[a] for a in names("kind of activations", chosen.activations, ACTIVATIONS))
         for isa in _isas(chosen.isas)
     ]
     if not sides and not peers:
@@ -101,16 +95,18 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     order = random.Random(chosen.seed)
     settings: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
-    for count in threads:
-        limits = Limits(weights.address, max(64, weights.codes_bytes), count)
-        for row in rows:
-            _tell(f"setting {len(settings) + 1} of {len(threads) * len(rows)}")
-            case = Case(n, k, row, count, first.weight_bytes, PREFILL_MATRICES if row > DECODE_ROWS else None)
-            settings.append(_setting(case, [*sides, *peers], limits, order, skipped, chosen))
-    return {
+    results = {
         "shape": [n, k], "megabytes": megabytes, "resident": chosen.resident, "rounds": chosen.rounds, "slice": chosen.slice,
         "load_before": load, "skipped": skipped, "settings": settings,
     }  # fmt: skip
+    for count in threads:
+        limits = Limits(weights.address, max(64, weights.codes_bytes), count)
+        for row in rows:
+            tell(f"setting {len(settings) + 1} of {len(threads) * len(rows)}")
+            case = Case(n, k, row, count, first.weight_bytes, PREFILL_MATRICES if row > DECODE_ROWS else None)
+            settings.append(_setting(case, [*sides, *peers], limits, order, skipped, chosen))
+            keep(results)
+    return results
 
 
 # ---- measuring
@@ -128,25 +124,25 @@ def _setting(
         for side in sides:
             if side.name in skipped:
                 continue
-            _tell(f"{title}: {side.name}")
+            tell(f"{title}: {side.name}")
             try:
                 if side.family != "ours":
                     _need_memory(case)
                 ready = side.open(case)
             except Skipped as reason:
                 skipped[side.name] = str(reason)
-                _tell(f"  skipped: {reason}")
+                tell(f"  skipped: {reason}")
                 continue
             opened[side.name], families[side.name] = ready, side.family
             errors[side.name] = ready.error()
             if not errors[side.name] <= TOLERANCE:
                 off = f"its product is off by {errors[side.name]:.2g} of the float product of its own weights"
                 skipped[side.name] = f"{off}, expected at most {TOLERANCE}"
-                _tell(f"  skipped: {skipped[side.name]}")
+                tell(f"  skipped: {skipped[side.name]}")
                 opened.pop(side.name).close()
         rounds = []
         for index in range(chosen.rounds + 1):
-            _tell(f"{title}: round {index} of {chosen.rounds}")
+            tell(f"{title}: round {index} of {chosen.rounds}")
             rounds.append(_round(opened, limits, order, 0 if index == 0 else chosen.slice, case.rows <= DECODE_ROWS))
         del rounds[0]  # pages come into memory, clocks go up
         found = {
@@ -206,39 +202,10 @@ def _need_memory(case: Case) -> None:
 # ---- what is asked for
 
 
-def _chosen(what: str, text: str, known: dict[str, Any]) -> list[str]:
-    names = [] if text == "none" else text.split(",")
-    for name in names:
-        if name not in known:
-            raise UsageError(f"unknown {what} {name!r}; known: {', '.join(known)}")
-    return list(dict.fromkeys(names))
-
-
 def _isas(text: str) -> list[str | None]:
     if not text:
         return [None]
-    return list(library.isas()) if text == "all" else list(_chosen("instruction set", text, dict.fromkeys(library.isas())))
-
-
-def _numbers(name: str, text: str) -> list[int]:
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        values = [0]
-    if min(values) < 1:
-        raise UsageError(f"--{name} is {text!r}, expected numbers from 1 up with commas between them")
-    return list(dict.fromkeys(values))
-
-
-def _shape(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if not found:
-        raise UsageError(f"--shape is {text!r}, expected two numbers as 4096x4096")
-    return int(found[1]), int(found[2])
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    return list(library.isas()) if text == "all" else list(names("instruction set", text, library.isas()))
 
 
 if __name__ == "__main__":
