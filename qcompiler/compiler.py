@@ -239,20 +239,21 @@ def _prepare(
     from qcompiler.capture.checkpoint import load
     from qcompiler.capture.finite import check_finite
     from qcompiler.capture.prepare import prepare
-    from qcompiler.capture.stored import StoredWeights
+    from qcompiler.capture.widened import in_float32
     from qcompiler.quantizer import Quantizer
 
     reporter.stage("load")
     if isinstance(model, (str, Path)):
         loaded = load(model, as_it_is_stored=True)
         module: torch.nn.Module = loaded.model
-        for note in loaded.notes:
-            reporter.note(note)
+        stored, notes = loaded.stored, loaded.notes
     else:
-        loaded, module = None, model
-        check_finite(module, type(module).__name__)
+        check_finite(model, type(model).__name__)
+        loaded = None
+        module, example, stored, notes = in_float32(model, example)
+    for note in notes:
+        reporter.note(note)
     reporter.stage("capture")
-    stored = loaded.stored if loaded is not None else StoredWeights()
     with stored.lent(module):
         prepared = prepare(
             module, example, dynamic_shapes, text_only=recipe.allow.text_only, fixed_length=recipe.allow.fixed_length

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
 from qcompiler.errors import UnsupportedError, UsageError
+from qcompiler.graph.edit import args
 from qcompiler.ops.formats import Activation
 from qcompiler.ops.packing import packed_bytes_of
 from qcompiler.pipeline.passes import Pass, Report, Skip
@@ -35,6 +38,8 @@ class AssignFormats(Pass):
                 context.left_in_float[site.name] = "the recipe keeps it in float"
             elif k > LARGEST_K:
                 context.left_in_float[site.name] = f"rows of {k} weights; the kernels sum at most {LARGEST_K}"
+            elif (computed := _computed_in(site)) is not torch.float32:
+                context.left_in_float[site.name] = f"it computes in {computed}; the kernels take torch.float32"
             else:
                 if isinstance(scheme, VqScheme) and (reason := _no_codebooks(site, scheme)):
                     reason += f"; {scheme.fallback.weight_format.label} in place of {scheme.weight_format.label}"
@@ -59,6 +64,23 @@ class AssignFormats(Pass):
         _check_ties(graph.sites, context)
         _check_overrides(graph.sites, context, report)
         return report
+
+
+def _computed_in(site: Site) -> torch.dtype:
+    """Type of the values that meet the weight, or of the rows that are looked up.
+
+    Raises:
+        UnsupportedError: the weight has another type: the model's code asks for one that its weights do not have any more.
+    """
+    first, second = args(site.node)[0], args(site.node)[2 if site.kind == "experts" else 1]
+    weight = (first if site.kind == "embedding" else second).meta["val"].dtype
+    computed = weight if site.kind == "embedding" else first.meta["val"].dtype
+    if computed is not weight:
+        raise UnsupportedError(
+            f"layer {site.name}: the model's own code gives it {computed} values for {weight} weights; expected code that "
+            "follows the type of its weights, which are compiled as float32"
+        )
+    return computed
 
 
 def _no_codebooks(site: Site, scheme: VqScheme) -> str | None:

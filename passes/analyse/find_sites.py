@@ -8,14 +8,18 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
-from qcompiler.graph.constants import attribute
+from qcompiler.graph.constants import attribute, free_name, has_attribute, rename
 from qcompiler.graph.edit import args
 from qcompiler.graph.graph import Graph, Site, SiteKind
+from qcompiler.ops import SPECS
 from qcompiler.ops.experts_linear import EXPERTS_LINEAR
 from qcompiler.passes.analyse.leftovers import find_leftovers
 from qcompiler.pipeline.passes import Pass, Report, Skip
 
 aten = torch.ops.aten
+
+# Leaf names under which a rewritten site holds its tensors.
+_OURS = sorted({i.name for spec in SPECS.values() for i in spec.inputs} - {"x", "indices", "expert", "bias"})
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class FindSites(Pass):
             if site is not None:
                 graph.sites.append(site)
                 names.add(site.name)
+        _make_room(graph)
         graph.leftovers = find_leftovers(graph.module, {site.weight for site in graph.sites})
         report = Report(matched=len(graph.sites), changed=len(graph.sites))
         report.skipped = [Skip(name, why) for name, (_, why) in graph.leftovers.items()]
@@ -87,3 +92,23 @@ def _unique(attr: Node, node: Node, names: set[str]) -> str:
     while f"{owner}#{number}" in names:
         number += 1
     return f"{owner}#{number}"
+
+
+def _make_room(graph: Graph) -> None:
+    """Move constants from where the rewrite puts a site's tensors, `<site>.codes` and its like.
+
+    A weight of the outermost module has its owner's name itself: `w` becomes `w.weight`.
+    """
+    module, moved = graph.module, {}
+    for site in graph.sites:
+        if has_attribute(module, site.name) and isinstance(attribute(module, site.name), torch.Tensor):
+            moved[site.name] = f"{site.name}.weight"
+            rename(module, site.name, moved[site.name])
+        for leaf in _OURS:
+            taken = f"{site.name}.{leaf}"
+            if has_attribute(module, taken):
+                moved[taken] = free_name(module, f"{taken}_float")
+                rename(module, taken, moved[taken])
+    for site in graph.sites:
+        site.weight = moved.get(site.weight, site.weight)
+        site.bias = moved.get(site.bias, site.bias) if site.bias else None

@@ -117,6 +117,21 @@ def free_name(module: GraphModule, name: str) -> str:
     return f"{name}_{number}" if number else name
 
 
+def rename(module: GraphModule, name: str, to: str) -> None:
+    """Give the constant of that dotted name another one, which must be free; whatever reads it reads it there."""
+    owner, _, leaf = name.rpartition(".")
+    held = module.get_submodule(owner)
+    parameter, value = leaf in held._parameters, attribute(module, name)
+    delattr(held, leaf)
+    if parameter:
+        set_parameter(module, to, value)
+    else:
+        add_buffer(module, to, value)
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and node.target == name:
+            node.target = to
+
+
 def readers(module: GraphModule, name: str) -> list[Node]:
     """Nodes that read the constant of that name."""
     return [user for node in module.graph.nodes if node.op == "get_attr" and node.target == name for user in node.users]

@@ -71,7 +71,7 @@ class _Probe(Interpreter):
 
 def _square_sum(x: torch.Tensor, y: torch.Tensor) -> float:
     """Σ (x − y)² in float64, some rows at a time: the logits of a window may take more than a layer."""
-    rows = [t.flatten(end_dim=-2).split(max(1, CHUNK // x.shape[-1])) for t in torch.broadcast_tensors(x, y)]
+    rows = [t.reshape(-1, t.shape[-1]).split(max(1, CHUNK // t.shape[-1])) for t in torch.broadcast_tensors(x, y)]
     return sum((a - b).double().square().sum().item() for a, b in zip(*rows, strict=True))
 
 

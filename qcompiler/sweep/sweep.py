@@ -238,7 +238,7 @@ class Segment:
 
 
 def _rows(value: torch.Tensor) -> torch.Tensor:
-    return value.reshape(-1, value.shape[-1]) if value.dim() > 1 else value
+    return value.reshape(-1, value.shape[-1]) if value.dim() > 1 or value.is_floating_point() else value
 
 
 def _elements(leaves: list[Any]) -> int:
