@@ -202,15 +202,14 @@ def embed(
     inside = (counted >= 0) & (counted < n)
     at = tl.where(inside, counted, 0)
     begin = row_words(at, units, INDEX_BITS)
-    for step in range(SEGMENTS):
-        segment = tl.program_id(1) * SEGMENTS + step
+    first = tl.program_id(1) * SEGMENTS
+    for segment in range(first, tl.minimum(first + SEGMENTS, tl.cdiv(k, SEGMENT))):
         column = segment * SEGMENT
-        known = inside & (column < k)
-        book = books(at, tl.minimum(column, k - 1), across, BLOCK_ROWS, BLOCK_COLUMNS)
+        book = books(at, column, across, BLOCK_ROWS, BLOCK_COLUMNS)
         level = levels(
-            codes, table, begin, segment, book, known, k, table, DIM, CENTROIDS, INDEX_BITS, False, SEGMENT, 1, True
+            codes, table, begin, segment, book, inside, k, table, DIM, CENTROIDS, INDEX_BITS, False, SEGMENT, 1, True
         )
-        factor = factors(scales, book_scales, at, column, book, groups, known, GROUP)
+        factor = factors(scales, book_scales, at, column, book, groups, inside, GROUP)
         value = tl.where(inside[None, :], level.to(tl.float32) * factor[None, :], float("nan"))
         place = column + tl.arange(0, SEGMENT)[:, None]
         tl.store(y + (tl.program_id(0).to(tl.int64) * k + place), value, mask=place < k)

@@ -9,22 +9,22 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
+from tests.gpu import interpreter
 from tests.gpu.parity import CUDA
 
 if sys.platform != "linux":
     collect_ignore_glob = ["*.py"]
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "part" in metafunc.fixturenames:  # of tests/gpu/every_case.py
+        metafunc.parametrize("part", metafunc.module.PARTS, ids="-".join)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _interpreter_without_detours() -> None:
-    """The interpreter puts its operators into `triton.language` anew in every call of a device function; once is enough."""
-    if CUDA or find_spec("triton") is None:
-        return
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    interpreter._patch_lang(tl.sum.fn)  # of triton.language.core, which no kernel's own module names
-    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+    if not CUDA and find_spec("triton") is not None:
+        interpreter.shorten()
 
 
 @pytest.fixture(autouse=True)

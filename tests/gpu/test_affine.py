@@ -1,9 +1,7 @@
-"""Packed affine weights on a GPU: every kernel against the reference of the op, to the bit where arithmetic allows."""
+"""Packed affine weights on a GPU: to the bit where arithmetic allows, and what is refused. Parity: `tests/gpu/every_case.py`."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -18,67 +16,8 @@ from qcompiler.ops import SPECS, layout
 from qcompiler.ops.formats import BITS, GROUPS, Activation, AffineFormat
 from qcompiler.ops.linear_nbit import random_weight
 from qcompiler.ops.spec import Case
-from tests.gpu.parity import CUDA, DEVICE, DTYPES, check, check_repeats, run, sample
-
-# Blocks such that a case has several of them; K is split.
-CONFIGS = {
-    "gemv": {"block_n": 64, "block_k": 128, "split": 2, "warps": 4, "stages": 2},
-    "dot": {"block_m": 16, "block_n": 64, "block_k": 128, "split": 2, "warps": 4, "stages": 2},
-    "matmul": {"chunk": 4096},
-    "int_mm": {"chunk": 4096},
-}
-GEMV_ROWS = 1 << 31 if CUDA else 3  # a program each, and an interpreted program is slow
-LINEARS = ("linear_nbit", "linear_mixed", "linear_experts_nbit")
-
-
-def rows_of(case: Case) -> int:
-    return case.inputs["x"].size // case.attributes["k"]
-
-
-def kernels(op: str, case: Case) -> list[str]:
-    """Those that compute the case (and in time, interpreted)."""
-    kind, rows, attributes = case.attributes["activation"], rows_of(case), case.attributes
-    found = ["dot"] + ["gemv"] * (rows <= GEMV_ROWS)
-    if op != "linear_experts_nbit":
-        found += ["matmul"] * (kind == Activation.FLOAT)
-        whole = attributes["bits"] == 8 and attributes["group"] == 0 and rows >= INT_MM_ROWS
-        found += ["int_mm"] * (whole and kind in (Activation.INT8_TOKEN, Activation.INT8_STATIC))
-    return found
-
-
-def runs(op: str, everything: bool) -> Iterator[tuple[Case, str, torch.dtype]]:
-    """Case, kernel and dtype: all of them, or a sample in which kernels and dtypes take turns."""
-    for number, case in enumerate(sample(SPECS[op].cases(), everything)):
-        able = kernels(op, case)
-        if everything:
-            yield from ((case, kernel, dtype) for kernel, dtype in itertools.product(able, DTYPES))
-        else:
-            yield case, able[number % len(able)], DTYPES[number // 2 % len(DTYPES)]
-
-
-@pytest.mark.parametrize("op", LINEARS)
-def test_a_sample_of_cases_with_kernels_in_turn(op: str) -> None:
-    taken = set()
-    for case, kernel, dtype in runs(op, everything=CUDA):
-        with dispatch.forced(kernel, **CONFIGS[kernel]):
-            check(SPECS[op], case, dtype)
-        taken.add(kernel)
-    assert taken >= ({"gemv", "dot"} if op == "linear_experts_nbit" else {"gemv", "dot", "matmul"})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("op", LINEARS)
-def test_every_case_with_every_kernel(op: str) -> None:
-    for case, kernel, dtype in runs(op, everything=True):
-        with dispatch.forced(kernel, **CONFIGS[kernel]):
-            check(SPECS[op], case, dtype)
-
-
-@pytest.mark.parametrize("op", [*LINEARS, "embedding_nbit"])
-def test_cases_as_the_shipped_table_runs_them(op: str, exhaustive: bool) -> None:
-    cases = list(sample(SPECS[op].cases(), exhaustive or CUDA))
-    for case in cases if exhaustive or CUDA else cases[:: 6 if op in LINEARS else 1]:
-        check(SPECS[op], case)
+from tests.gpu.every_case import CONFIGS, kernels, rows_of
+from tests.gpu.parity import CUDA, DEVICE, DTYPES, check, check_repeats, run
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

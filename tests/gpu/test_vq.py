@@ -1,4 +1,7 @@
-"""linear_vq and embedding_vq on a GPU or interpreted: every kernel on every kind of index, and what is refused."""
+"""linear_vq and embedding_vq on a GPU or interpreted: to the bit where arithmetic allows, and what is refused.
+
+Parity: `tests/gpu/every_case.py`.
+"""
 
 from __future__ import annotations
 
@@ -13,39 +16,18 @@ from qcompiler.ops import SPECS
 from qcompiler.ops.formats import CENTROIDS, Activation, VqFormat
 from qcompiler.ops.linear_vq import random_weight, unpack
 from qcompiler.ops.spec import Case
-from tests.gpu import parity
+from tests.gpu import every_case, parity
 
 LINEAR, EMBEDDING = SPECS["linear_vq"], SPECS["embedding_vq"]
-GEMV = {"block_n": 64, "block_k": 128, "split": 2, "warps": 4, "stages": 2}
-DOT = {"block_m": 32, "block_n": 64, "block_k": 128, "split": 2, "warps": 4, "stages": 2}
-CONFIGS = {
-    "gemv": GEMV,
-    "gemv_gather": GEMV,
-    "dot": DOT,
-    "dot_gather": {**DOT, "block_n": 64, "split": 0},
-    "dot_narrow": DOT,
-    "matmul": {"chunk": 0},
-}
-CASES = list(LINEAR.cases())
-PLAIN = [case for case in CASES if "gate" not in case.attributes]
-EDGES = [case for case in CASES if "gate" in case.attributes]
-FEW = [case for case in EDGES if 0 < case.inputs["x"].size <= 300]
-# Of each kind of index the two least cases with groups, of float activations and of integers; kernels and dtypes in turn.
-WORK = lambda case: len(case.inputs["x"].reshape(-1, case.attributes["k"])) * case.attributes["n"] * case.attributes["k"]  # noqa: E731
-SOME = [
-    min((c for c in PLAIN[16 * kind : 16 * kind + 16] if c.attributes["activation"] == activation and WORK(c) > 1000), key=WORK)
-    for kind in range(8)
-    for activation in (Activation.FLOAT, Activation.INT8_BLOCK)
-]
+ROWS = every_case.cases("embedding_vq")
 # On a GPU nothing is slow.
 slow = (lambda test: test) if parity.CUDA else pytest.mark.slow
-TURNS = [(kernel, dtype) for dtype in parity.DTYPES for kernel in CONFIGS]
 
 
 def forced(kernel: str, **changes: int):
     from qcompiler.gpu import dispatch
 
-    return dispatch.forced(kernel, **{**CONFIGS[kernel], **changes})
+    return dispatch.forced(kernel, **{**every_case.CONFIGS[kernel], **changes})
 
 
 def one_case(format: VqFormat, rows: int, n: int, k: int, activation: Activation = Activation.FLOAT) -> Case:
@@ -56,39 +38,6 @@ def one_case(format: VqFormat, rows: int, n: int, k: int, activation: Activation
 
 
 FORMATS = [VqFormat(dim, count, 32, 128, 32) for dim, counts in CENTROIDS.items() for count in counts]
-
-
-def test_the_sample_has_every_index_with_both_activations_on_every_kernel():
-    found = {(c.attributes["dim"], c.attributes["centroids"], c.attributes["activation"]) for c in SOME}
-    assert found == {(f.dim, f.centroids, a) for f in FORMATS for a in (Activation.FLOAT, Activation.INT8_BLOCK)}
-    assert len(SOME) >= 2 * len(CONFIGS)
-
-
-@pytest.mark.parametrize("number", range(len(SOME)), ids=lambda i: SOME[i].label.split(" x")[0])
-def test_parity_of_a_sample(number):
-    kernel, dtype = TURNS[number % len(TURNS)]
-    with forced(kernel):
-        parity.check(LINEAR, SOME[number], dtype)
-
-
-@pytest.mark.parametrize("number", range(0, len(FEW), 5), ids=lambda i: FEW[i].label)
-def test_parity_of_the_edges(number):
-    with forced(list(CONFIGS)[number % len(CONFIGS)]):
-        parity.check(LINEAR, FEW[number])
-
-
-@slow
-@pytest.mark.parametrize("dtype", parity.DTYPES, ids=parity.dtype_label)
-@pytest.mark.parametrize("kernel", CONFIGS)
-def test_parity_of_every_case(kernel, dtype):
-    for case in CASES:
-        with forced(kernel):
-            parity.check(LINEAR, case, dtype)
-
-
-@pytest.mark.parametrize("case", CASES[5::83], ids=lambda case: case.label)
-def test_parity_with_the_kernel_that_the_table_names(case):
-    parity.check(LINEAR, case)
 
 
 def check_identity(format: VqFormat, kernel: str) -> None:
@@ -125,14 +74,14 @@ def test_unit_rows_give_columns_of_the_weight_to_the_bit(kernel):
     np.testing.assert_array_equal(found, (factors * levels)[:, [5, 130, 191]].T)
 
 
-@pytest.mark.parametrize("kernel", CONFIGS)
+@pytest.mark.parametrize("kernel", every_case.VQ)
 def test_results_do_not_change_between_runs(kernel):
     with forced(kernel):
         parity.check_repeats(LINEAR, one_case(VqFormat(2, 16, 16, 128, 128), 2, 16, 192))
 
 
 @pytest.mark.parametrize("activation", (Activation.FLOAT, Activation.INT8_BLOCK), ids=lambda a: a.label)
-@pytest.mark.parametrize("kernel", CONFIGS)
+@pytest.mark.parametrize("kernel", every_case.VQ)
 def test_a_row_that_is_not_finite_is_nan_and_others_are_as_without_it(kernel, activation):
     case = one_case(VqFormat(2, 256, 16, 128, 128), 4, 16, 192, activation)
     broken = case.inputs["x"].copy()
@@ -146,7 +95,7 @@ def test_a_row_that_is_not_finite_is_nan_and_others_are_as_without_it(kernel, ac
 
 def test_a_scratch_in_parts_gives_the_same_bits():
     case = one_case(VqFormat(1, 8, 16, 128, 128), 3, 200, 128)
-    with forced("matmul"):
+    with forced("matmul", chunk=0):
         whole = parity.run(LINEAR, case)
     with forced("matmul", chunk=64 * 128 * 4):
         assert torch.equal(parity.run(LINEAR, case), whole)
@@ -160,21 +109,6 @@ def test_a_fixed_table_of_sixteen_levels(table):
     for kernel in ("gemv", "dot_gather"):
         with forced(kernel):
             parity.check(LINEAR, case)
-
-
-ROWS = list(EMBEDDING.cases())
-SHORT = [case for case in ROWS if case.inputs["indices"].size * case.attributes["k"] < 600]
-
-
-@pytest.mark.parametrize("case", SHORT[::5], ids=lambda case: case.label)
-def test_rows_of_an_embedding_have_the_bits_of_the_reference(case):
-    parity.check(EMBEDDING, case)
-
-
-@slow
-def test_rows_of_every_embedding():
-    for case in ROWS:
-        parity.check(EMBEDDING, case)
 
 
 def test_rows_are_counted_from_the_end():
@@ -194,7 +128,7 @@ def test_rows_that_are_not_there(beyond):
 
 
 def test_no_rows_give_no_rows():
-    case = next(c for c in PLAIN if 0 in c.inputs["x"].shape)
+    case = next(c for c in every_case.cases("linear_vq") if 0 in c.inputs["x"].shape and "gate" not in c.attributes)
     assert parity.run(LINEAR, case).shape == (0, case.attributes["n"])
 
 
@@ -223,7 +157,7 @@ def test_what_the_table_names_must_be_a_kernel_of_the_op():
     from qcompiler.gpu import dispatch
 
     with dispatch.forced("int_mm", chunk=0), pytest.raises(UnsupportedError, match="'int_mm', which .* there are gemv"):
-        parity.run(LINEAR, SOME[0])
+        parity.run(LINEAR, one_case(VqFormat(2, 16, 0, 0, 0), 1, 16, 128))
     with dispatch.forced("matmul", chunk=0), pytest.raises(UnsupportedError, match="embedding_vq: .* names kernel 'matmul'"):
         parity.run(EMBEDDING, ROWS[0])
 
