@@ -85,10 +85,7 @@ def matmul(x: torch.Tensor, weight: Weight, config: Mapping[str, int]) -> torch.
     for first, last in chunks:
         part = scratch[: last - first]
         dequantize(weight, first, last, weight.k, part)
-        if len(chunks) == 1:
-            torch.mm(x, part.t(), out=y[0])
-        else:
-            y[0, :, first:last] = torch.mm(x, part.t())
+        torch.mm(x, part.t(), out=y[0, :, first:last])
     return y
 
 
@@ -107,5 +104,8 @@ def int_mm(a: torch.Tensor, weight: Weight, config: Mapping[str, int]) -> torch.
     for first, last in chunks:
         part = scratch[: last - first]
         dequantize(weight, first, last, stride, part)
-        y[0, :, first:last] = torch._int_mm(a, part.t())
+        if len(chunks) == 1:
+            torch._int_mm(a, part.t(), out=y[0])
+        else:  # it writes a whole matrix alone
+            y[0, :, first:last] = torch._int_mm(a, part.t())
     return y

@@ -52,7 +52,8 @@ def _product(
     else:
         total = total.to(tl.float32)
         for split in range(1, splits):
-            total += tl.load(partial_ptr + split * split_stride + row * width + columns, mask=mask, other=0.0).to(tl.float32)
+            begin = (row * 0 + split) * split_stride + row * width  # 64 bits
+            total += tl.load(partial_ptr + begin + columns, mask=mask, other=0.0).to(tl.float32)
     if OFFSET:
         total += tl.load(offset_ptr + columns, mask=mask, other=0.0)
     if BIAS:
