@@ -10,6 +10,10 @@ import torch
 WARM_UPS = 2  # kernels are compiled and workspaces taken before anything is captured
 
 
+class NotCaptured(Exception):
+    """torch refused a capture; the message says why. What was to be captured runs as it is."""
+
+
 class Graph(Protocol):
     """What was captured."""
 
@@ -22,16 +26,28 @@ Capture = Callable[[Callable[[], None], torch.device], Graph]
 
 
 def capture(function: Callable[[], None], device: torch.device) -> Graph:
-    """A CUDA graph of `function()`, whose tensors stay where they are. The capture itself computes nothing."""
+    """A CUDA graph of `function()`, whose tensors stay where they are. The capture itself computes nothing.
+
+    Raises:
+        NotCaptured: `function` runs, but cannot be captured.
+    """
+    before = torch.cuda.current_stream(device)
+    # A stream of this device: torch keeps one for all captures, of the device that was current at the first of them.
     stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    stream.wait_stream(before)
     with torch.cuda.stream(stream):
         for _ in range(WARM_UPS):
             function()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    before.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
-        function()
+    try:
+        # Of this thread alone: what others do on the GPU meanwhile does not end the capture.
+        with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            function()
+    except RuntimeError as error:
+        torch.cuda.set_stream(before)  # which torch does not do where the end of a capture fails
+        reason = error.__context__ if isinstance(error.__context__, RuntimeError) else error  # what ended it comes first
+        raise NotCaptured(f"torch cannot capture it: {(str(reason).splitlines() or [''])[0]}") from error
     return graph
 
 
@@ -55,14 +71,20 @@ class StepGraph:
         self._graph: Graph | None = None
 
     def run(self, token: int, filled: int) -> torch.Tensor:
-        """The logits `[1, 1, vocabulary]` after `token` at position `filled`; the next run overwrites them."""
+        """The logits `[1, 1, vocabulary]` after `token` at position `filled`; the next run overwrites them.
+
+        Raises:
+            NotCaptured: by the capture; states are as they were.
+        """
         self._tokens.fill_(token)
         self._filled.fill_(filled)
         if self._graph is None:
             before = [state.clone() for state in self._states]
-            self._graph = self._capture(self._once, self._device)
-            for state, value in zip(self._states, before, strict=True):
-                state.copy_(value)
+            try:
+                self._graph = self._capture(self._once, self._device)
+            finally:
+                for state, value in zip(self._states, before, strict=True):
+                    state.copy_(value)
         self._graph.replay()
         return self._logits
 

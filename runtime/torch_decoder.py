@@ -147,12 +147,18 @@ class StaticDecoder(_Decoder):
 
     def run(self, tokens: np.ndarray, keep: int) -> np.ndarray:
         """Append `tokens` [n] int64; the logits of the last `keep` of them, float32 [keep, vocabulary]."""
+        from qcompiler.runtime.cuda_graph import NotCaptured
+
         torch, count = self._torch, len(tokens)
         self._reserve(count)
         if count == 1 and self.uncaptured is None:
-            logits = self._captured().run(int(tokens[0]), self._length)
-            self._length += 1
-            return logits[0].float().cpu().numpy()
+            try:
+                logits = self._captured().run(int(tokens[0]), self._length)
+            except NotCaptured as why:
+                self._graph, self.uncaptured = None, str(why)
+            else:
+                self._length += 1
+                return logits[0].float().cpu().numpy()
         ids = torch.from_numpy(np.ascontiguousarray(tokens[None], np.int64)).to(self._program.device)
         self._filled.fill_(self._length)
         with torch.no_grad():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from qcompiler.runtime.cuda_graph import StepGraph, what_cannot_be_captured
+from qcompiler.runtime.cuda_graph import NotCaptured, StepGraph, capture, what_cannot_be_captured
 from qcompiler.runtime.session import Session
 from qcompiler.runtime.torch_decoder import StaticDecoder
 from tests.runtime.torch_decoders import VOCABULARY, compiled
@@ -78,6 +79,96 @@ def test_runs_for_warming_up_do_not_count() -> None:
     assert graph.run(3, 7).flatten().tolist() == [6.0, 7.0]
     assert graph.run(4, 8).flatten().tolist() == [14.0, 8.0]
     assert recorder.captures == 1 and module.state.tolist() == [7.0, 7.0]
+
+
+def test_what_cannot_be_captured_after_all_runs_as_it_is_and_says_why() -> None:
+    captured, plain, _ = decoders("llama", 8)
+
+    def refuse(function: Callable[[], None], device: torch.device) -> Any:
+        function()
+        raise NotCaptured("torch cannot capture it: an op waits")
+
+    captured._capture = refuse
+    for start, end in ((0, 4), (4, 5), (5, 6)):
+        np.testing.assert_array_equal(captured.run(TOKENS[start:end], 1), plain.run(TOKENS[start:end], 1))
+    assert captured.uncaptured == "torch cannot capture it: an op waits" and captured.length == 6
+    module = Counting()
+    graph = StepGraph(module, [module.state], CPU, refuse)
+    with pytest.raises(NotCaptured):
+        graph.run(3, 7)
+    assert module.state.tolist() == [0.0, 0.0]
+
+
+class Device:
+    """As much of torch.cuda as a capture asks for; everything that is done, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: str | None = None) -> None:
+        self.done: list[str] = []
+        self.fails, self.stream = fails, "the caller's"
+        for name in ("Stream", "current_stream", "set_stream", "CUDAGraph", "device", "graph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, f"_{name}"))
+        monkeypatch.setattr(torch.cuda, "stream", self._enter)
+
+    def _Stream(self, device: torch.device) -> Any:
+        return SimpleNamespace(name=f"a stream of {device}", wait_stream=lambda other: self.done.append("side waits"))
+
+    def _current_stream(self, device: torch.device) -> Any:
+        return SimpleNamespace(name=self.stream, wait_stream=lambda other: self.done.append("caller waits"))
+
+    def _set_stream(self, stream: Any) -> None:
+        self.stream = stream.name
+
+    def _CUDAGraph(self) -> str:
+        return "graph"
+
+    @contextmanager
+    def _device(self, device: torch.device) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def _enter(self, stream: Any) -> Iterator[None]:
+        before, self.stream = self.stream, stream.name
+        yield
+        self.stream = before
+
+    @contextmanager
+    def _graph(self, graph: str, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        self.done.append(f"capture {capture_error_mode}")
+        before, self.stream = self.stream, stream.name
+        try:
+            yield
+        finally:
+            if self.fails is not None:  # torch's own way out: the first error is behind the one of the end
+                raise RuntimeError("operation failed due to a previous error during capture")
+            self.stream = before
+
+
+def test_a_capture_takes_a_stream_of_its_device_and_gives_the_callers_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch)
+    streams: list[str] = []
+    assert capture(lambda: streams.append(device.stream), torch.device("cuda", 1)) == "graph"
+    assert streams == ["a stream of cuda:1"] * 3 and device.stream == "the caller's"
+    assert device.done == ["side waits", "caller waits", "capture thread_local"]
+
+
+def test_a_capture_that_fails_says_what_ended_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch, fails="at its end")
+    runs: list[int] = []
+
+    def function() -> None:
+        runs.append(1)
+        if len(runs) == 3:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    with pytest.raises(NotCaptured, match=r"^torch cannot capture it: operation not permitted when stream is capturing$"):
+        capture(function, torch.device("cuda", 0))
+    assert device.stream == "the caller's"
+
+    def broken() -> None:
+        raise RuntimeError("a mistake of the program")
+
+    with pytest.raises(RuntimeError, match="a mistake of the program"):  # before anything is captured
+        capture(broken, torch.device("cuda", 0))
 
 
 def test_tokens_and_lengths_are_read_where_they_were_captured() -> None:
