@@ -80,7 +80,7 @@ def _gemv(gather: bool):
         programs = triton.cdiv(weight.n, config["block_n"]) * triton.cdiv(len(a), rows)
         split = dispatch.splits(config["split"], programs, triton.cdiv(weight.k, columns), device.processors(a.device))
         return vq_launch.gemv(
-            a, sa, weight, rows=rows, spans=columns // weight.format.span, block_n=config["block_n"], split=split, gather=gather,
+            a, sa, weight, rows=rows, columns=columns, block_n=config["block_n"], split=split, gather=gather,
             warps=config["warps"], stages=config["stages"],
         )  # fmt: skip
 
@@ -111,7 +111,7 @@ def _matmul(a, sa, weight: Weight, dtype: torch.dtype, config: Mapping[str, int]
     y = a.new_empty((1, len(a), n))
     for start in range(0, n, chunk):
         part = vq_launch.dequantize(weight, dtype, first=start, count=min(chunk, n - start))
-        y[0, :, start : start + chunk] = torch.matmul(a, part.t())
+        torch.mm(a, part.t(), out=y[0, :, start : start + chunk])
     return y
 
 
