@@ -130,7 +130,7 @@ class Artifact:
         cache: None for a model without one.
         bos, eos, pad: token ids; `eos` has every id that ends a text, and may be empty.
         context: the longest sequence that the model was made for, None where that is not known.
-        shortest, longest: the texts that a graph without a cache computes rightly; None for any length.
+        shortest, longest: the texts that the graph computes rightly; None for any length.
         fixed: the one length that the graph takes; None where it takes more.
         whole_text: why a decoder has no cache; None where it has one.
         causal: whether the logits of a decoder predict after every token, and not after the last one alone.

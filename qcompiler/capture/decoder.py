@@ -17,6 +17,7 @@ from transformers.exporters.utils import decompose_for_generation, get_leaf_tens
 from qcompiler.capture.dimensions import ANY_STEP, longest
 from qcompiler.capture.export import last_message
 from qcompiler.capture.feeds import cache_name, feed
+from qcompiler.capture.frequencies import frequencies_change_after
 from qcompiler.capture.prepared import Prepared
 from qcompiler.capture.quiet import Quiet
 from qcompiler.capture.states import grow_only, on_copies
@@ -37,9 +38,17 @@ class NoCache(UnsupportedError):
 def prepare_decoder(model: PreTrainedModel) -> Prepared:
     """A graph with a cache; where no cache of the model can go in and out of one, a graph of the whole text."""
     try:
-        return prepare_cached(model)
+        prepared = prepare_cached(model)
     except NoCache as error:
         return prepare_whole_text(model, str(error).removeprefix(f"{model.config.model_type}: "))
+    bound = frequencies_change_after(model.config)
+    if bound is not None:
+        prepared.longest = bound
+        prepared.notes.append(
+            f"texts of at most {bound} tokens: for longer ones the model takes other rotary frequencies, for keys that are in the "
+            "cache already as well"
+        )
+    return prepared
 
 
 def prepare_cached(model: PreTrainedModel) -> Prepared:
