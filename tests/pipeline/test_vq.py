@@ -7,18 +7,14 @@ import json
 import numpy as np
 import onnx_ir as ir
 import pytest
-import torch
-from torch.utils import _pytree
 
 import qcompiler
-from qcompiler.capture.feeds import feed
 from qcompiler.errors import GateError
 from qcompiler.numerics.vq import VqWeight
 from qcompiler.runtime.session import Session
 from tests.captures import analysed
-from tests.models import is_decoder, tiny
-from tests.pipeline.rewire import float_artifact
-from tests.pipeline.test_architectures import FLOAT, INT8, LENGTH, FakeQuantized, outputs, relative
+from tests.models import tiny
+from tests.pipeline.test_architectures import assert_computes_what_its_graph_does
 
 VQ2 = {"vq": "vq2", "activations": "int8-block128"}
 MODELS = [("llama", "vq2"), ("gpt2", "vq2-4d"), ("bert", "vq2.5"), ("opt", "nf4")]
@@ -39,18 +35,7 @@ def test_an_artifact_computes_what_its_graph_does(model_type: str, vq: str, tmp_
     context = result.quantizer.context
     vector = [name for name, solution in context.solutions.items() if isinstance(solution, VqWeight)]
     assert vector and result.layers["totals"]["coverage"] == 1
-    decoder = is_decoder(model_type)
-    tokens = np.random.default_rng(0).integers(3, 512, LENGTH)
-    feeds = _pytree.tree_leaves(feed(captured.prepared, torch.from_numpy(tokens)[None]))
-    found = {
-        "int8": outputs(tmp_path / "out", tokens, decoder),
-        "float": outputs(float_artifact(tmp_path / "out", tmp_path / "float"), tokens, decoder),
-    }
-    for kind, bound in (("float", FLOAT), ("int8", INT8)):
-        fake = FakeQuantized(captured, context.solutions, context.schemes, kind == "float")
-        with torch.no_grad():
-            expected = _pytree.tree_leaves(fake.run(*feeds))[0].numpy()
-        assert relative(found[kind], expected[0, -3:] if decoder else expected) <= bound, kind
+    assert_computes_what_its_graph_does(tmp_path / "out", captured, context, model_type)
 
 
 @pytest.fixture(scope="module")
