@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import torch
 
+from qcompiler.numerics.clusters import Clusters, cumulative
+
 ELEMENTS = 2**18  # errors that are held at once: what a processor's second cache holds
 ELSEWHERE = 2**27
 SAMPLE = 16
@@ -73,7 +75,7 @@ class Nearest:
         groups, _, count = features.shape
         words = torch.empty(groups, count, dtype=self.word, device=features.device)
         across = max(1, min(count, self.size // self.entries))
-        down = max(1, self.size // (self.entries * across))
+        down = max(1, min(groups, self.size // (self.entries * across)))
         if self.buffer.numel() < down * across * self.entries:
             self.buffer = features.new_empty(down * across * self.entries)
         for top in range(0, groups, down):
@@ -90,8 +92,13 @@ class Nearest:
 
 def sums(features: torch.Tensor, assignment: torch.Tensor, entries: int) -> torch.Tensor:
     """Features `[G, features, N]` summed over the points of each cluster, `[G, features, K]`."""
-    total = features.new_zeros(*features.shape[:2], entries)
-    return total.scatter_add_(2, assignment[:, None].expand(-1, features.shape[1], -1), features)
+    groups, count, _ = features.shape
+    if features.device.type == "cpu":
+        total = features.new_zeros(groups, count, entries)
+        return total.scatter_add_(2, assignment[:, None].expand(-1, count, -1), features)
+    base = torch.arange(groups, device=features.device).mul_(entries)
+    clusters = Clusters((assignment + base[:, None]).view(-1), groups * entries)
+    return torch.stack([clusters.sums(features[:, at].reshape(-1)).view(groups, -1) for at in range(count)], 1)
 
 
 def symmetric(triangles: torch.Tensor, dim: int) -> torch.Tensor:
@@ -160,8 +167,8 @@ def seed_plus_plus(points: torch.Tensor, features: torch.Tensor, entries: int, g
     made = points.new_empty(groups, entries, dim)
     errors = features[:, dim : 2 * dim].sum(1)  # the first: by weight, diag(A) or nearly
     for entry in range(entries):
-        cumulative = errors.clamp(min=0).double().cumsum(1)
-        drawn = torch.searchsorted(cumulative, draws[entry] * cumulative[:, -1:])
+        running = cumulative(errors.clamp(min=0).double())
+        drawn = torch.searchsorted(running, draws[entry] * running[:, -1:])
         drawn = drawn.clamp(max=points.shape[2] - 1)
         made[:, entry] = points.gather(2, drawn[:, None].expand(-1, dim, -1))[..., 0]
         found = (table(made[:, entry, None]).transpose(1, 2) @ features)[:, 0]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qcompiler.numerics.clusters import Clusters
 from qcompiler.numerics.codebook import Nearest, invert_small, solve_small, symmetric, triangle
 
 PIECE = 32  # columns whose changes are carried to the columns after them together
@@ -69,19 +70,17 @@ class Block:
         """q `[w, n]`."""
         return self.gather(self.entries, self.flat()).mul_(self.spread()[:, None]).view(-1, self.indices.shape[1])
 
-    def add(self, values: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+    def clusters(self, flat: torch.Tensor) -> Clusters:
+        """Those of the entries of all groups."""
+        return Clusters(flat, self.entries.shape[0] * self.entries.shape[1])
+
+    def add(self, values: torch.Tensor, clusters: Clusters) -> torch.Tensor:
         """The transpose of `gather`: sums `values` `[v, d, n]` into `[G, K, d]`."""
         groups, count, dim = self.entries.shape
         if self.real is not None:
             values = values * self.real.view(-1, dim, 1)
-        total = [_add(values[:, j].reshape(-1), flat, groups * count) for j in range(dim)]
+        total = [clusters.sums(values[:, j].reshape(-1)) for j in range(dim)]
         return torch.stack(total, -1).view(groups, count, dim)
-
-
-def _add(values: torch.Tensor, flat: torch.Tensor, count: int) -> torch.Tensor:
-    if values.device.type == "cpu":
-        return torch.bincount(flat, values, count)
-    return values.new_zeros(count).index_add_(0, flat, values)
 
 
 class Form:
@@ -230,17 +229,18 @@ def solve_codebooks(block: Block, form: Form, gradient: torch.Tensor, steps: int
     """
     dim, groups, count = block.dim, *block.entries.shape[:2]
     flat, scales = block.flat(), block.spread()[:, None]
+    clusters = block.clusters(flat)
     shape = (len(block.indices), dim, -1)
     weights = block.spread().square().reshape(-1)
     diagonal = torch.stack(
         [
-            _add((weights.view(len(form.own), -1) * form.choice[:, i, j, None]).view(-1), flat, groups * count)
+            clusters.sums((weights.view(len(form.own), -1) * form.choice[:, i, j, None]).view(-1))
             for i, j in triangle(dim)
         ]
     )
     diagonal = symmetric(diagonal.view(-1, groups, count).transpose(0, 1), dim)
     inverse = invert_small(diagonal)
-    residual = block.add(gradient.view(shape) * scales, flat)
+    residual = block.add(gradient.view(shape) * scales, clusters)
     solution, towards = torch.zeros_like(block.entries), residual
     past = torch.ones(groups, dtype=residual.dtype, device=residual.device)
     for step in range(steps):
@@ -250,7 +250,7 @@ def solve_codebooks(block: Block, form: Form, gradient: torch.Tensor, steps: int
         past = product
         image = block.gather(towards, flat).mul_(scales).view(gradient.shape)
         image = (form.metric @ image).view(shape)
-        image = block.add(image.mul_(scales), flat)
+        image = block.add(image.mul_(scales), clusters)
         length = _ratio(product, (towards * image).sum((1, 2)))[:, None, None]
         solution = solution + length * towards
         residual = residual - length * image
