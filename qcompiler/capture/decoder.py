@@ -45,8 +45,8 @@ def prepare_decoder(model: PreTrainedModel) -> Prepared:
     if bound is not None:
         prepared.longest = bound
         prepared.notes.append(
-            f"texts of at most {bound} tokens: for longer ones the model takes other rotary frequencies, for keys that are in the "
-            "cache already as well"
+            f"texts of at most {bound} tokens: for longer ones the model takes other rotary frequencies, for keys that are in "
+            "the cache already as well"
         )
     return prepared
 
