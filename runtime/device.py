@@ -126,19 +126,32 @@ def find_device(name: str, kernels: bool = True, dtype: Dtype = "float32") -> to
     return found
 
 
-def check_fits(device: torch.device, needed: dict[str, int], what: str, advice: str) -> None:
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes of a GPU that this process can have; None of a CPU, of which nothing is asked."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    # What the allocator of this process holds and nothing uses is free as well.
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def check_fits(device: torch.device, needed: dict[str, int], what: str, advice: str, share: float = 1.0) -> None:
     """Compare bytes by purpose with the device's free memory, before anything is moved. Nothing is asked of a CPU.
+
+    Args:
+        share: of the free memory that counts: the rest is for what the bytes do not say.
 
     Raises:
         CapacityError: it does not fit; says by how much, and what it consists of.
     """
-    if device.type != "cuda":
+    found = free_bytes(device)
+    if found is None:
         return
     import torch
 
-    free, total = torch.cuda.mem_get_info(device)
-    # What the allocator of this process holds and nothing uses is free as well.
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    total, free = torch.cuda.mem_get_info(device)[1], int(found * share)
     wanted = sum(needed.values())
     if wanted > free:
         parts = ", ".join(f"{name} {_gib(size)}" for name, size in needed.items() if size)

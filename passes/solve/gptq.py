@@ -15,14 +15,16 @@ from qcompiler.errors import UsageError
 from qcompiler.numerics import affine
 from qcompiler.numerics.gptq import GptqOptions, GptqResult, gptq
 from qcompiler.numerics.stack import rows_joined, solve_stack
-from qcompiler.passes.solve.guided import GuidedMoments, check_guides, guided_bytes
+from qcompiler.passes.solve.guided import GuidedMoments, check_guides, fewest_parts, guided_bytes
 from qcompiler.passes.solve.moments import Moments, energy, warn_of_few_tokens
 from qcompiler.passes.solve.selection import integer_format, unsolved
 from qcompiler.passes.solve.weights import quantizable_matrices, quantizable_weight
+from qcompiler.passes.solve.workspace import gptq_bytes
 from qcompiler.pipeline.passes import Pass, Report
 from qcompiler.recipe.schema import Select
 from qcompiler.sweep.budget import Costs
 from qcompiler.sweep.order import Group
+from qcompiler.sweep.place import CPU
 from qcompiler.sweep.reducers import ExpertHessians
 from qcompiler.sweep.solve import solve_sites
 from qcompiler.sweep.sweep import Sweep
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from qcompiler.numerics.affine import AffineWeight
     from qcompiler.pipeline.context import Context
 
-# Matrices of k × k that the solver holds beside the statistics, and of n × k, in float32.
+# Matrices of k × k that the solver holds beside the statistics, and of n × k, in float32; elsewhere see workspace.py.
 SQUARES, WEIGHTS = 3, 5
 
 
@@ -82,7 +84,7 @@ class Gptq(Pass):
         if self.guided:
             check_guides(self.name, sites, context)
             self._check_matrices(sites, context)
-        costs = Costs(lambda group: self._statistics_bytes(group, context), self._solver_bytes)
+        costs = Costs(lambda group: self._statistics_bytes(group, context), lambda group: self._solver_bytes(group, context))
         sweep = Sweep(graph, context, sites, float_stream=self.asymmetric, costs=costs)
         report = solve_sites(self, graph, context, sites, sweep, _Method(self, graph, context))
         report.skipped += skipped
@@ -118,8 +120,11 @@ class Gptq(Pass):
             return guided_bytes(group, context)
         return (3 if self.asymmetric and group.expert is None else 1) * group.experts * 4 * group.k * group.k
 
-    def _solver_bytes(self, group: Group) -> int:
+    def _solver_bytes(self, group: Group, context: Context) -> int:
         n = max(site.shape[0] for site in group.sites)
+        if context.device != CPU:
+            parts = fewest_parts(group, context) if self.guided else 1
+            return gptq_bytes(n, group.k, self.asymmetric and group.expert is None, parts)
         return 4 * (SQUARES * group.k * group.k + WEIGHTS * n * group.k)
 
 

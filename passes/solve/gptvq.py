@@ -16,10 +16,12 @@ from qcompiler.passes.solve.guided import GuidedMoments, check_guides, guided_by
 from qcompiler.passes.solve.moments import Moments, energy, warn_of_few_tokens
 from qcompiler.passes.solve.selection import unsolved
 from qcompiler.passes.solve.weights import fixed_table, quantizable_weight
+from qcompiler.passes.solve.workspace import gptvq_bytes
 from qcompiler.pipeline.passes import Pass, Report
 from qcompiler.recipe.schema import Select, VqScheme
 from qcompiler.sweep.budget import Costs
 from qcompiler.sweep.order import Group
+from qcompiler.sweep.place import CPU
 from qcompiler.sweep.solve import solve_sites
 from qcompiler.sweep.sweep import Sweep
 
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from qcompiler.ops.formats import VqFormat
     from qcompiler.pipeline.context import Context
 
-# Matrices of k × k that the solver holds beside the statistics, and of n × k, in float32.
+# Matrices of k × k that the solver holds beside the statistics, and of n × k, in float32; elsewhere see workspace.py.
 SQUARES, WEIGHTS = 3, 6
 
 
@@ -80,7 +82,7 @@ class Gptvq(Pass):
             return Report(skipped=skipped)
         if self.guided:
             check_guides(self.name, sites, context)
-        costs = Costs(lambda group: self._statistics_bytes(group, context), self._solver_bytes)
+        costs = Costs(lambda group: self._statistics_bytes(group, context), lambda group: self._solver_bytes(group, context))
         sweep = Sweep(graph, context, sites, float_stream=self.asymmetric, costs=costs)
         report = solve_sites(self, graph, context, sites, sweep, _Method(self, graph, context))
         report.skipped += skipped
@@ -94,9 +96,19 @@ class Gptvq(Pass):
             return guided_bytes(group, context)
         return (3 if self.asymmetric else 1) * 4 * group.k * group.k
 
-    def _solver_bytes(self, group: Group) -> int:
+    def _solver_bytes(self, group: Group, context: Context) -> int:
         n = max(site.shape[0] for site in group.sites)
+        if context.device != CPU:
+            return max(self._device_bytes(site, context) for site in group.sites)
         return 4 * (SQUARES * group.k * group.k + WEIGHTS * n * group.k)
+
+    def _device_bytes(self, site: Site, context: Context) -> int:
+        scheme, parts = context.schemes[site.name], 1
+        assert isinstance(scheme, VqScheme)
+        if self.guided:
+            guided = context.guides[site.name].shape[1]
+            parts = whole_parts(guided, site.shape[0], scheme.weight_format, scheme.fixed is not None)
+        return gptvq_bytes(*site.shape, scheme.weight_format, self.asymmetric, parts)
 
 
 @dataclass(frozen=True)
@@ -145,11 +157,16 @@ def whole_codebooks(hessians: torch.Tensor, n: int, format: VqFormat, fixed: boo
         fixed: the table is not learned, so it belongs to nobody.
     """
     groups, k, _ = hessians.shape
+    parts = whole_parts(groups, n, format, fixed)
+    return hessians.view(parts, groups // parts, k, k).mean(dim=1)
+
+
+def whole_parts(groups: int, n: int, format: VqFormat, fixed: bool) -> int:
+    """How many parts of n rows, at most `groups`, no codebook belongs to two of."""
 
     def whole(parts: int) -> bool:
         if n % parts or groups % parts:
             return False
         return parts == 1 or fixed or (format.block_rows > 0 and n // parts % format.block_rows == 0)
 
-    parts = next(parts for parts in range(groups, 0, -1) if whole(parts))
-    return hessians.view(parts, groups // parts, k, k).mean(dim=1)
+    return next(parts for parts in range(groups, 0, -1) if whole(parts))

@@ -37,6 +37,11 @@ def guided_bytes(group: Group, context: Context) -> int:
     return 4 * group.k * group.k * (1 + own)
 
 
+def fewest_parts(group: Group, context: Context) -> int:
+    """Parts of the rows that have an H each, of the group's site with the fewest."""
+    return min((context.guides[site.name].shape[1] for site in group.sites if site.name in context.guides), default=1)
+
+
 class GuidedMoments(Moments):
     """H, and of every site of the group one more for each group of its rows."""
 

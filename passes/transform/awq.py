@@ -16,7 +16,7 @@ import torch
 
 from qcompiler.numerics.scale_search import Found, Reader, search_awq
 from qcompiler.passes.analyse.folds import Kind, apply_fold
-from qcompiler.passes.transform.fold_statistics import Gathered, choose, gather, sample_rows, spread
+from qcompiler.passes.transform.fold_statistics import Gathered, choose, gather, most_rows, sample_rows, spread
 from qcompiler.pipeline.passes import Pass, Report
 from qcompiler.recipe.schema import Select, VqScheme
 from qcompiler.sweep.budget import Costs
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from qcompiler.graph.graph import Graph, Site
     from qcompiler.pipeline.context import Context
     from qcompiler.sweep import Group
+
+
+# Copies of a weight that a candidate of the search holds, where all of its rows are tried at once.
+TRIED = {"minmax": 6, "mse": 9, "output": 9}
 
 
 class _Moments:
@@ -96,7 +100,7 @@ class Awq(Pass):
             return report
         sites = {site.name: site for site in graph.sites}
         results = {}
-        costs = Costs(lambda group: 4 * group.k * group.k, self._search_bytes)
+        costs = Costs(lambda group: 4 * group.k * group.k, lambda group: self._search_bytes(group, context))
         for index, gathered in enumerate(gather(graph, context, chosen, lambda group: _Moments(group.k), costs)):
             fold = gathered.fold
             context.reporter.layer(index + 1, len(chosen), fold.name, fold.kind)
@@ -108,8 +112,12 @@ class Awq(Pass):
         report.notes["folds"] = [self._record(fold, results[fold]) for fold in chosen]
         return report
 
-    def _search_bytes(self, group: Group) -> int:
-        rows = sum(site.shape[0] * site.experts for site in group.sites)
+    def _search_bytes(self, group: Group, context: Context) -> int:
+        counts = [site.shape[0] * site.experts for site in group.sites]
+        if context.device != CPU:  # rows are not tried in pieces there
+            counts = [most_rows(count, group.k**2) for count in counts]
+            return 4 * group.k * (sum(counts) + TRIED[self.clipping] * max(counts) + group.k)
+        rows = sum(counts)
         return 4 * group.k * (4 * rows + group.k)
 
     def _search(self, graph: Graph, context: Context, sites: dict[str, Site], gathered: Gathered) -> Found:

@@ -13,6 +13,7 @@ from qcompiler.passes.analyse.folds import Fold, find_folds
 from qcompiler.pipeline.passes import Skip
 from qcompiler.sweep import Sweep
 from qcompiler.sweep.budget import Costs
+from qcompiler.sweep.place import CPU
 
 if TYPE_CHECKING:
     from qcompiler.graph.graph import Graph, Site
@@ -91,7 +92,8 @@ def gather(
     held: dict[str, Any] = {}
     for segment in Sweep(graph, context, [site for site in graph.sites if site.name in sites], costs=costs):
         # Statistics of one wave at a time where memory is bounded; otherwise all in one run.
-        waves = [[wave] for wave in segment.waves] if context.memory is not None else [list(segment.waves)]
+        bounded = context.memory is not None or context.device != CPU
+        waves = [[wave] for wave in segment.waves] if bounded else [list(segment.waves)]
         for batch in waves:
             groups = [group for wave in batch for group in wave.groups]
             made = {group: make(group) for group in groups}
@@ -126,6 +128,11 @@ def column_maxima(graph: Graph, site: Site) -> torch.Tensor:
     return largest
 
 
+def most_rows(rows: int, per_row: int) -> int:
+    """Of so many rows, how many a search looks at; `per_row`: multiplications that a row costs a candidate."""
+    return min(rows, max(FEWEST_ROWS, WORK // max(per_row, 1)))
+
+
 def sample_rows(graph: Graph, site: Site, per_row: int, seed: int) -> tuple[torch.Tensor, float]:
     """The site's weight, float32 `[m, k]`, or a seeded sample of its rows, and how many rows each one stands for.
 
@@ -133,8 +140,8 @@ def sample_rows(graph: Graph, site: Site, per_row: int, seed: int) -> tuple[torc
         per_row: multiplications that a row costs a candidate.
     """
     rows = site.shape[0] * site.experts
-    limit = max(FEWEST_ROWS, WORK // max(per_row, 1))
-    if rows <= limit:
+    limit = most_rows(rows, per_row)
+    if rows == limit:
         return torch.cat([weight.float() for _, weight in graph.matrices(site)]), 1.0
     wanted = torch.randperm(rows, generator=torch.Generator().manual_seed(seed), device="cpu")[:limit].sort().values
     parts = []

@@ -12,6 +12,7 @@ from torch.fx import Node
 from qcompiler.errors import CapacityError
 from qcompiler.sweep.budget import MARGIN, copy_bytes
 from qcompiler.sweep.order import Stretch, good_cuts
+from qcompiler.sweep.room import Parts, check_segments, constant_bytes
 from qcompiler.sweep.sizes import node_bytes
 
 if TYPE_CHECKING:
@@ -47,12 +48,14 @@ def plan_backward(run: Backward, kept: Callable[[Site], int]) -> BackwardPlan:
         kept: bytes a site while its segment is worked on.
 
     Raises:
-        CapacityError: even the smallest segments do not fit; says what would do.
+        CapacityError: even the smallest segments do not fit, into the budget or the device; says what would do.
     """
     found, budget = run.order, run.context.memory
     cuts = set(good_cuts(found))
+    left = check_segments(run.context.device, found, cuts, lambda stretch: _parts(run, stretch), "gradients through")
+    most = 2**62 if left is None else left
     if budget is None:
-        return BackwardPlan(sorted(cuts), False, 2**62)
+        return BackwardPlan(sorted(cuts), False, most)
     limit = int(budget * (1 - MARGIN))
     need = lambda stretch: _need(run, stretch, kept)  # noqa: E731
     while True:
@@ -80,7 +83,7 @@ def plan_backward(run: Backward, kept: Callable[[Site], int]) -> BackwardPlan:
             f"a memory budget of {budget:,} bytes does not hold the {between:,} bytes that live between segments while "
             "gradients are taken, and there is no folder to keep them in; give more memory, or compile to an output directory"
         )
-    return BackwardPlan(sorted(cuts), spill, max(limit - used - (0 if spill else between), 0))
+    return BackwardPlan(sorted(cuts), spill, min(max(limit - used - (0 if spill else between), 0), most))
 
 
 def recorded_bytes(nodes: Iterable[Node], ends: Iterable[Node], bound: dict) -> int:
@@ -95,6 +98,15 @@ def _need(run: Backward, stretch: Stretch, kept: Callable[[Site], int]) -> int:
     # Autograd holds every weight that was widened until the segment's gradients are there.
     widened = sum(copy_bytes(run.graph, source, run.bound) for source in constants)
     return recorded + widened + sum(kept(site) for wave in stretch.waves for site in wave.sites)
+
+
+def _parts(run: Backward, stretch: Stretch) -> Parts:
+    """Bytes on the device: autograd holds every constant of the segment, and each is a copy there."""
+    recorded = recorded_bytes([*stretch.inputs, *stretch.nodes], set(run.ends) & set(stretch.outputs), run.bound)
+    constants = {source for node in stretch.nodes for source in node.all_input_nodes if source.op == "get_attr"}
+    largest = max((constant_bytes(node, run.bound) for node in stretch.nodes), default=0)
+    weights = sum(node_bytes(source, run.bound) for source in constants)
+    return {"activations and gradients": recorded, "weights": weights, "the weights of one op": largest}
 
 
 def _is_view(node: Node) -> bool:

@@ -11,6 +11,7 @@ from torch.fx import Node
 from qcompiler.errors import CapacityError
 from qcompiler.graph.graph import Graph, Site
 from qcompiler.sweep.order import Group, Order, Stretch, good_cuts
+from qcompiler.sweep.room import alive_bytes, check_segments, segment_parts
 from qcompiler.sweep.sizes import node_bytes
 
 if TYPE_CHECKING:
@@ -54,15 +55,18 @@ def plan_cuts(sweep: Sweep, costs: Costs) -> tuple[list[int], Plan]:
     """Choose cuts and what to spill.
 
     Raises:
-        CapacityError: even the smallest segments do not fit; says the smallest budget that would do.
+        CapacityError: even the smallest segments do not fit; says the smallest budget that would do, or how much the device
+            lacks.
     """
     found = sweep.order
     cuts = set(good_cuts(found) if sweep.cuts is None else sweep.cuts(found))
     budget = sweep.context.memory
     streams = 2 if sweep.float_stream else 1
-    across = max((streams * len(sweep.samples) * alive for alive in _alive(found, cuts)), default=0)
+    left = check_segments(sweep.context.device, found, cuts, lambda stretch: segment_parts(sweep, stretch, costs))
+    most = 2**62 if left is None else left // streams
     if budget is None:
-        return sorted(cuts), Plan(0, False, 2**62)
+        return sorted(cuts), Plan(0, False, most)
+    across = max((streams * len(sweep.samples) * alive for alive in _alive(found, cuts)), default=0)
     limit = int(budget * (1 - MARGIN))
     need = lambda stretch: _need(sweep, stretch, costs)  # noqa: E731
     while True:
@@ -89,7 +93,7 @@ def plan_cuts(sweep: Sweep, costs: Costs) -> tuple[list[int], Plan]:
             "no folder to keep them in; give more memory, or compile to an output directory"
         )
     room = limit - used - (0 if spill else 2 * across)
-    return sorted(cuts), Plan(used, spill, max(room, 0))
+    return sorted(cuts), Plan(used, spill, min(max(room, 0), most))
 
 
 def _alive(order: Order, cuts: set[int]) -> list[int]:
@@ -106,21 +110,8 @@ def _ends(order: Order, stretch: Stretch) -> int:
 
 def _need(sweep: Sweep, stretch: Stretch, costs: Costs) -> int:
     """Bytes of a segment: one sample's values at their worst, one widened weight, the method's statistics and solver."""
-    last: dict[Node, int] = {}
-    for position, node in enumerate(stretch.nodes):
-        for source in node.all_input_nodes:
-            last[source] = position
-    keep = set(stretch.outputs)
-    alive = peak = sum(node_bytes(node, sweep.bound) for node in stretch.inputs)
-    widened = 0
-    dying: dict[int, list[Node]] = {}
-    for node, position in last.items():
-        if node not in keep and node.op not in ("get_attr", "placeholder"):
-            dying.setdefault(position, []).append(node)
-    for position, node in enumerate(stretch.nodes):
-        alive += node_bytes(node, sweep.bound)
-        peak = max(peak, alive)
-        alive -= sum(node_bytes(dead, sweep.bound) for dead in dying.get(position, ()))
+    peak, widened = alive_bytes(stretch, sweep.bound), 0
+    for node in stretch.nodes:
         for source in node.all_input_nodes:
             if source.op == "get_attr":
                 widened = max(widened, copy_bytes(sweep.graph, source, sweep.bound))

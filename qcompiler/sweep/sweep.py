@@ -68,15 +68,15 @@ class Sweep:
         self.cuts = cuts
         self.context = context
         self.sites = [site for site in sites if site.kind != "embedding"]
-        self._placeholders = [node for node in graph.module.graph.nodes if node.op == "placeholder"]
+        self.placeholders = [node for node in graph.module.graph.nodes if node.op == "placeholder"]
         self.samples = [_pytree.tree_leaves(sample) for sample in context.samples()]
         if not self.samples:
             raise UsageError("this recipe needs calibration samples, and there are none; give text (--text) or samples")
         for index, leaves in enumerate(self.samples):
-            if len(leaves) != len(self._placeholders):
-                raise UsageError(f"sample {index} has {len(leaves)} values, the graph takes {len(self._placeholders)}")
+            if len(leaves) != len(self.placeholders):
+                raise UsageError(f"sample {index} has {len(leaves)} values, the graph takes {len(self.placeholders)}")
         largest = max(self.samples, key=_elements)
-        self.bound = bindings(self._placeholders, largest)
+        self.bound = bindings(self.placeholders, largest)
         self.float_stream = float_stream
         self.order: Order = order(graph, self.sites, lambda node: node_bytes(node, self.bound))
         chosen, self._plan = plan_cuts(self, costs or Costs())
@@ -100,7 +100,7 @@ class Sweep:
 
     def start(self, sample: int) -> dict[Node, Any]:
         """The graph's inputs for a sample, where the context computes."""
-        return dict(zip(self._placeholders, moved(self.samples[sample], self.context.device), strict=True))
+        return dict(zip(self.placeholders, moved(self.samples[sample], self.context.device), strict=True))
 
 
 class Segment:
