@@ -28,6 +28,8 @@ from qcompiler.ops.formats import BITS, GROUPS, AffineFormat
 from qcompiler.recipe.keep import candidates, keep_recipe
 from qcompiler.recipe.schema import Recipe, Scheme
 from qcompiler.report.progress import Reporter, Silent
+from qcompiler.runtime.device import find_device
+from qcompiler.sweep.place import CPU, working_on
 
 if TYPE_CHECKING:
     from qcompiler.capture.checkpoint import Loaded
@@ -47,6 +49,7 @@ def sensitivity(
     samples: int = DEFAULT_SAMPLES,
     length: int | None = None,
     threads: int | None = None,
+    device: str = CPU,
     base: str | Path | dict | Recipe | None = None,
     keep: int | None = None,
     keep_bits: int = 8,
@@ -61,7 +64,9 @@ def sensitivity(
         text: files; by default the calibration text, so that the evaluation text stays unseen by what is chosen from this.
         samples, length: windows and tokens in each; the length defaults to the model's own window, at most 256.
         threads: of torch; None leaves it as it is.
-        base, keep, keep_bits: also make a recipe: `base` (default `int4`) with its `keep` most sensitive layers at
+        device: `cpu`, `cuda` or `cuda:N`: where windows run and weights are rounded; weights are fetched one by one.
+        base: a recipe; what its `allow` says of the graph (`fixed_length`, `text_only`) holds for the one that is measured.
+        keep, keep_bits: also make a recipe: `base` (default `int4`) with its `keep` most sensitive layers at
             `keep_bits`. See `recipe.keep.keep_recipe`.
 
     Returns:
@@ -78,27 +83,34 @@ def sensitivity(
     reporter, start = reporter or Silent(), time.perf_counter()
     widths = _check(bits, group, samples, threads)
     # Before the model is read: a misspelt recipe should not cost minutes.
-    chosen = recipes.load("int4" if base is None else base) if keep is not None else None
+    given = recipes.load("int4" if base is None else base)
+    chosen = given if keep is not None else None
+    find_device(device, kernels=False)
     from qcompiler.capture.checkpoint import load
     from qcompiler.capture.prepare import prepare
 
     reporter.stage("load")
     loaded = load(model)
-    windows, description = _windows(loaded, text, samples, length, reporter)
+    size = _length(loaded, length)
     reporter.stage("capture")
-    prepared = prepare(loaded.model)
+    prepared = prepare(loaded.model, text_only=given.allow.text_only, fixed_length=given.allow.fixed_length)
     if prepared.kind != "decoder":
         raise UnsupportedError(
             f"{loaded.source_description} ({prepared.description}) does not predict the next token, so there is no divergence of "
             "predictions to rank its layers by; expected a decoder language model"
         )
+    if prepared.fixed is not None:
+        if length not in (None, prepared.fixed.tokens):
+            raise UsageError(f"length is {length}, but the graph takes {prepared.fixed.tokens} tokens: leave it away")
+        size = prepared.fixed.tokens
+    windows, description = _windows(loaded, text, samples, min(size, prepared.longest or size), reporter)
     graph = _analysed(prepared, reporter)
     sites = [site for site in graph.sites if site.kind != "embedding"]
     layers = [_described(site, graph) for site in sites]
     if chosen is not None:
         candidates(chosen, layers, keep or 0, keep_bits, widths)  # refuse now what would be refused in the end
-    with _threads(threads), torch.inference_mode():
-        _measure(graph, prepared, sites, layers, windows, widths, group, reporter)
+    with _threads(threads), torch.inference_mode(), working_on(device):
+        _measure(graph, prepared, sites, layers, windows, widths, group, reporter, device)
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "model": loaded.source_description,
@@ -156,32 +168,37 @@ def _described(site: Site, graph: Graph) -> dict[str, Any]:
     return {"name": site.name, "role": site.role, "shape": shape, "weights": site.size, "tied": tied, "kld": {}}
 
 
-def _windows(
-    loaded: Loaded, text: Sequence[str | Path] | None, samples: int, length: int | None, reporter: Reporter
-) -> tuple[list[np.ndarray], str]:
-    """Token windows, int64 `[length]` each, and the description of the text."""
-    from qcompiler.evaluate.calibration import calibration_batches
-    from qcompiler.evaluate.text import as_text, calibration_text
+def _length(loaded: Loaded, length: int | None) -> int:
+    """Tokens in a window."""
     from qcompiler.evaluate.windows import Context
 
     if not loaded.tokenizer_files:
         raise InputError(f"{loaded.source_description} comes without a tokenizer: there are no tokens to measure on")
-    source = as_text(text, calibration_text)
     known = Context.of_config(loaded.model.config)
     if length is not None and known.positions is not None and length > known.positions:
         raise UsageError(f"length is {length}, but the model takes at most {known.positions} tokens")
-    size = length or min(known.default or DEFAULT_LENGTH, DEFAULT_LENGTH)
-    return calibration_batches(loaded.directory, source, samples=samples, length=size, reporter=reporter), source.description
+    return length or min(known.default or DEFAULT_LENGTH, DEFAULT_LENGTH)
+
+
+def _windows(
+    loaded: Loaded, text: Sequence[str | Path] | None, samples: int, length: int, reporter: Reporter
+) -> tuple[list[np.ndarray], str]:
+    """Token windows, int64 `[length]` each, and the description of the text."""
+    from qcompiler.evaluate.calibration import calibration_batches
+    from qcompiler.evaluate.text import as_text, calibration_text
+
+    source = as_text(text, calibration_text)
+    return calibration_batches(loaded.directory, source, samples=samples, length=length, reporter=reporter), source.description
 
 
 def _measure(
     graph: Graph, prepared: Prepared, sites: list[Site], layers: list[dict[str, Any]], windows: list[np.ndarray],
-    widths: list[int], group: int, reporter: Reporter,
+    widths: list[int], group: int, reporter: Reporter, device: str = CPU,
 ) -> None:  # fmt: skip
     """Fill `kld` of every layer."""
     from qcompiler.capture.feeds import feed
 
-    run = PartialRun(graph)
+    run = PartialRun(graph, device)
     envs = [run.begin(feed(prepared, torch.from_numpy(window)[None])) for window in windows]
     with tempfile.TemporaryFile(prefix="qcompiler-logits-") as file:
         expected = _float_logits(run, envs, file, reporter)
@@ -200,16 +217,16 @@ def _measure(
             at = position
             for bits in widths:
                 try:
-                    kld[str(bits)] = _divergence(run, envs, expected, position, _rounded(graph, site, bits, group))
+                    kld[str(bits)] = _divergence(run, envs, expected, position, _rounded(graph, site, bits, group, device))
                 except ValueError as error:
                     raise InputError(f"layer {site.name} at {bits} bits: {error}") from error
             reporter.layer(done, len(sites), site.name, f"KL {kld[str(widths[-1])]['mean']:.2g} at {widths[-1]} bits")
 
 
-def _rounded(graph: Graph, site: Site, bits: int, group: int) -> dict[int, torch.Tensor]:
+def _rounded(graph: Graph, site: Site, bits: int, group: int, device: str = CPU) -> dict[int, torch.Tensor]:
     """The site's weight, rounded to nearest and back in float, by its position among the arguments of the site's node."""
     format = AffineFormat(bits, group)
-    parts = [affine.fit(weight, format, "mse").dequantize() for _, weight in graph.matrices(site)]
+    parts = [affine.fit(weight.to(device), format, "mse").dequantize() for _, weight in graph.matrices(site)]
     inputs = [isinstance(a, Node) and a.op == "get_attr" and str(a.target) == site.weight for a in site.node.args]
     return {inputs.index(True): torch.stack(parts) if site.kind == "experts" else parts[0]}
 
@@ -222,7 +239,7 @@ def _divergence(
     for env, reference in zip(envs, expected, strict=True):
         branch = run.branch(env)
         run.run(branch, position, None, weight)
-        values, _ = token_divergence(reference, branch[run.output][0].float().numpy())
+        values, _ = token_divergence(reference, branch[run.output][0].float().cpu().numpy())
         if not np.isfinite(values).all():
             raise ValueError("the predictions of the model with only this layer rounded are not finite")
         mean.add(values)
@@ -237,7 +254,7 @@ def _float_logits(run: PartialRun, envs: list[dict[Node, Any]], file: Any, repor
         reporter.layer(i + 1, len(envs), f"window {i + 1}")
         branch = run.branch(env)
         run.run(branch, 0, None)
-        logits = branch[run.output][0].float().numpy()
+        logits = branch[run.output][0].float().cpu().numpy()
         if np.isnan(logits).any() or (logits == np.inf).any():
             raise GateError(f"the float model's logits are not finite in window {i}")
         if expected is None:

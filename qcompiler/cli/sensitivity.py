@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qcompiler.cli.options import add_json, compile_side, positive, reporter
+from qcompiler.cli.options import add_device, add_json, compile_side, positive, reporter
 from qcompiler.errors import InputError, UsageError
 
 NAME = "sensitivity"
@@ -40,7 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save-recipe", type=Path, metavar="FILE", help="write a recipe (YAML) that keeps N layers wide")
     parser.add_argument("--keep", type=positive, metavar="N", help="how many layers that recipe keeps")
     parser.add_argument("--keep-bits", type=int, choices=(8, 4, 3), metavar="B", help="at how many bits (default: 8)")
-    parser.add_argument("--recipe", metavar="NAME|FILE", help="what it is made from (default: int4)")
+    parser.add_argument(
+        "--recipe", metavar="NAME|FILE", help="what it is made from (default: int4); its `allow` holds for the measured graph too"
+    )
+    add_device(parser, "where the model runs")
     add_json(parser)
 
 
@@ -59,6 +62,7 @@ def execute(options: argparse.Namespace) -> int:
             samples=options.samples,
             length=options.length,
             threads=options.threads,
+            device=options.device,
             base=options.recipe,
             keep=options.keep,
             keep_bits=options.keep_bits or 8,
@@ -74,8 +78,8 @@ def _check(options: argparse.Namespace) -> None:
     """What can be refused before anything heavy is imported."""
     if (options.save_recipe is None) != (options.keep is None):
         raise UsageError("--save-recipe FILE and --keep N belong together: where the recipe goes, and how many layers it keeps")
-    if options.save_recipe is None and (options.recipe is not None or options.keep_bits is not None):
-        raise UsageError("--recipe and --keep-bits describe the recipe to save; give --save-recipe FILE and --keep N with them")
+    if options.save_recipe is None and options.keep_bits is not None:
+        raise UsageError("--keep-bits describes the recipe to save; give --save-recipe FILE and --keep N with it")
     if options.by is not None and options.by not in options.bits:
         raise UsageError(f"--by {options.by}: not among the measured widths ({', '.join(map(str, options.bits))})")
     for file in options.text or ():

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree
 
 from qcompiler.graph.constants import attribute
 from qcompiler.graph.graph import Graph
+from qcompiler.sweep.place import CPU, moved
 
 
 class PartialRun:
@@ -20,14 +21,18 @@ class PartialRun:
 
     An environment maps nodes to values: those that are alive at that point, constants left out.
 
+    Args:
+        graph: captured.
+        device: where it runs: environments are there, constants are moved as they are read.
+
     Attributes:
         nodes: the calls, in order.
         position: where in `nodes` each of them is.
         output: the node of the first output.
     """
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, device: str = CPU) -> None:
+        self.graph, self.device = graph, device
         everything = graph.nodes
         self.output = next(leaf for leaf in _pytree.tree_leaves(everything[-1].args) if isinstance(leaf, Node))
         writers = [n for n in everything if getattr(getattr(n.target, "_schema", None), "is_mutable", False)]
@@ -51,7 +56,7 @@ class PartialRun:
 
     def begin(self, inputs: dict[str, Any]) -> dict[Node, Any]:
         """The environment before the first node; `inputs` are the graph's keyword arguments."""
-        return dict(zip(self.placeholders, _pytree.tree_leaves(inputs), strict=True))
+        return dict(zip(self.placeholders, moved(_pytree.tree_leaves(inputs), self.device), strict=True))
 
     def run(
         self, env: dict[Node, Any], start: int, stop: int | None, replaced: Mapping[int, torch.Tensor] | None = None
@@ -63,6 +68,8 @@ class PartialRun:
         for i in range(start, len(self.nodes) if stop is None else stop):
             node = self.nodes[i]
             args, kwargs = map_arg((node.args, node.kwargs), lambda n: self._value(n, env))
+            if self.device != CPU:
+                args, kwargs = map_aggregate((args, kwargs), self._there)
             if replaced and i == start:
                 args = tuple(replaced.get(position, value) for position, value in enumerate(args))
             assert callable(node.target)
@@ -78,4 +85,7 @@ class PartialRun:
         if node.op != "get_attr":
             return env[node]
         held = attribute(self.graph.module, str(node.target))
-        return self.graph.constant(str(node.target)) if isinstance(held, torch.Tensor) else held
+        return self.graph.constant(str(node.target)).to(self.device) if isinstance(held, torch.Tensor) else held
+
+    def _there(self, value: Any) -> Any:
+        return torch.device(self.device) if isinstance(value, torch.device) else value

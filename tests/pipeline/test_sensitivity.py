@@ -14,6 +14,8 @@ import torch
 import transformers
 
 from qcompiler.capture.checkpoint import load
+from qcompiler.capture.prepare import prepare
+from qcompiler.capture.prepared import FixedLength
 from qcompiler.cli import main
 from qcompiler.errors import GateError, UnsupportedError, UsageError
 from qcompiler.evaluate import calibration_batches
@@ -30,6 +32,7 @@ from qcompiler.report.sensitivity import sensitivity_document
 from qcompiler.sensitivity import _float_logits, sensitivity
 from tests.checkpoints import tiny_decoder, tiny_encoder, write
 from tests.report.test_reports import plain
+from tests.sweep.other_device import NAME, OtherDevice
 
 SAMPLES, LENGTH = 3, 24
 
@@ -233,6 +236,36 @@ def test_table() -> None:
     )
 
 
+def test_on_another_device_it_is_the_same(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows, weights and rounding are moved there; the same numbers to the bit."""
+    monkeypatch.setattr("qcompiler.sensitivity.find_device", lambda name, kernels: None)
+    few: dict[str, Any] = {"bits": (4,), "samples": 2, "length": 8}
+    with OtherDevice() as mode:
+        there = sensitivity(checkpoint, device=NAME, **few)
+    here = sensitivity(checkpoint, **few)
+    assert there["layers"] == here["layers"] and there["ranking"] == here["ranking"]
+    assert mode.ops["aten.linear.default"] > 10
+
+
+def test_what_a_recipe_allows_of_the_graph_holds_for_the_measured_one(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def seen(model: Any, **given: Any) -> Any:
+        asked.append(given)
+        prepared = prepare(model, **given)
+        prepared.fixed = FixedLength(6, 0, {}, True)
+        return prepared
+
+    monkeypatch.setattr("qcompiler.capture.prepare.prepare", seen)
+    recipe = {"name": "one length", "linear": {"bits": 8}, "allow": {"fixed_length": 6}}
+    assert sensitivity(checkpoint, bits=(8,), samples=1, base=recipe)["length"] == 6
+    assert asked == [{"text_only": False, "fixed_length": 6}]
+    with pytest.raises(UsageError, match="length is 8, but the graph takes 6 tokens"):
+        sensitivity(checkpoint, bits=(8,), samples=1, length=8, base=recipe)
+
+
 def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "kept.yaml"
     arguments = ["sensitivity", str(checkpoint), "--bits", "4,8", "--samples", "1", "--length", "8", "--json", "--quiet"]
@@ -248,7 +281,7 @@ def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["--save-recipe", str(file), "--keep", "1"], 3, "is there already"),
         (["--save-recipe", str(tmp_path / "no" / "x.yaml"), "--keep", "1"], 3, "there is no directory"),
         (["--keep", "1"], 2, "belong together"),
-        (["--recipe", "int4"], 2, "give --save-recipe"),
+        (["--keep-bits", "8"], 2, "give --save-recipe"),
         (["--by", "2"], 2, "not among the measured widths"),
         (["--bits", "x"], 2, "invalid list of widths"),
         (["--text", str(tmp_path / "no.txt")], 3, "no such file"),

@@ -25,6 +25,7 @@ from qcompiler.passes.transform.smooth_quant import SmoothQuant
 from qcompiler.pipeline.context import Context
 from qcompiler.pipeline.manager import PassManager
 from qcompiler.pipeline.passes import Pass
+from qcompiler.pipeline.probe import output_sqnr
 from qcompiler.pipeline.trace import Trace
 from qcompiler.sweep.place import moved, working_on
 from qcompiler.sweep.solutions import Solution, to_tensors
@@ -82,6 +83,27 @@ def test_everything_is_moved_and_the_solutions_are_equal_to_the_bit(made: Made, 
             other = to_tensors(there.solutions[name])[kind]
             assert not isinstance(other, There) and torch.equal(tensor, other), (name, kind)
     assert mode is not None and sum(mode.ops.values()) > 1000
+
+
+@pytest.mark.parametrize(
+    "linear", [{"bits": 4, "group": 32}, slow({"bits": 8, "activations": "int8-token"}, id="a scale a token")]
+)
+def test_the_layers_errors_are_measured_there(linear: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same decibels; where a sample does not fit, on the CPU, and it is said."""
+    graph, context = calibrated(linear, **RECIPE)
+    samples = list(context.samples())
+    PassManager(Trace()).run(graph, context, [RoundToNearest()])
+    here = output_sqnr(graph, context, samples)
+    context.device = NAME
+    with OtherDevice() as mode:
+        assert output_sqnr(graph, context, samples) == here and len(here) == 7
+    assert sum(mode.ops.values()) > 100
+    notes: list[str] = []
+    monkeypatch.setattr(context.reporter, "note", notes.append, raising=False)
+    monkeypatch.setattr("qcompiler.pipeline.probe.free_bytes", lambda device: 2**10)
+    with OtherDevice() as mode:
+        assert output_sqnr(graph, context, samples) == here
+    assert not mode.ops and len(notes) == 1 and notes[0].endswith("1,024 are free on meta")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
