@@ -15,7 +15,7 @@
 #include <arm_neon.h>
 #endif
 
-#define QC_INLINE inline __attribute__((always_inline))
+#include "inline.h"
 
 namespace qc {
 namespace {

@@ -5,10 +5,7 @@
 
 #include <immintrin.h>
 
-#include "../kernels.h"
-#include "../layout.h"
-
-#define QC_INLINE inline __attribute__((always_inline))
+#include "../tile_codes.h"
 
 namespace qc {
 namespace {
@@ -110,25 +107,6 @@ QC_INLINE __m256 load_scales(const uint16_t* scales, int h) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + kHalfRows * h)));
 }
 
-// The chunks of one tile. The last one may hold fewer units than 32 columns; it is then read from a padded copy.
-template <int Bits>
-struct TileCodes {
-  const uint8_t* codes;
-  int64_t whole;
-  alignas(64) uint8_t tail[chunk_bytes(Bits)];
-
-  QC_INLINE TileCodes(const Matrix& w, int64_t tile) : codes(w.codes + tile * w.tile_bytes), whole(w.k / kChunk) {
-    if (w.k % kChunk) {
-      std::memset(tail, 0, sizeof tail);
-      std::memcpy(tail, codes + whole * chunk_bytes(Bits), size_t(w.tile_bytes - whole * chunk_bytes(Bits)));
-    }
-  }
-
-  QC_INLINE const uint8_t* chunk(int64_t index) const {
-    return index < whole ? codes + index * chunk_bytes(Bits) : tail;
-  }
-};
-
 // All ones in the first `count` of 8 lanes.
 QC_INLINE __m256i first_lanes(int64_t count) {
   const int lanes = count < 8 ? int(count) : 8;
@@ -146,8 +124,6 @@ QC_INLINE void store(const LinearJob& job, int64_t tile, int h, int64_t row, __m
   acc = _mm256_blendv_ps(acc, nan, _mm256_cmp_ps(acc, acc, _CMP_UNORD_Q));
   _mm256_maskstore_ps(job.y + row * job.y_stride + first, mask, acc);
 }
-
-using TileFunction = void (*)(const LinearJob& job, int64_t tile, int64_t block);
 
 }  // namespace
 }  // namespace qc

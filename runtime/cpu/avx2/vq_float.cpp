@@ -73,7 +73,7 @@ TileFunction of_rows(int64_t rows) {
 namespace avx2 {
 
 void vq_float(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end) {
-  const TileFunction run = with_decoder(*job.weight.codebooks, [&](auto tag) {
+  const TileFunction run = with_decoder<Decoders>(*job.weight.codebooks, [&](auto tag) {
     return of_rows<typename decltype(tag)::type>(job.block_rows);
   });
   for (int64_t block = block_begin; block < block_end; ++block) {

@@ -7,49 +7,15 @@
 #ifndef QCOMPILER_AVX2_VQ_KERNELS_H
 #define QCOMPILER_AVX2_VQ_KERNELS_H
 
-#include "../vq_layout.h"
+#include "../vq_tiles.h"
 #include "isa.h"
 #include "vectors.h"
 
 namespace qc {
 namespace {
 
-// The codes of one tile, walked chunk by chunk of 32 columns. Bits: of a column (see vq_layout.h), 5 for the 5-bit indices of
-// pairs, whose units are two chunks each.
-template <int Bits>
-struct VqCodes {
-  static constexpr bool kWhole = Bits == 5 || Bits == 3;  // units of a chunk or more: none is there in part
-  const uint8_t* codes;
-  int64_t whole;
-  alignas(64) uint8_t tail[kWhole ? 64 : chunk_bytes(Bits)];
-
-  QC_INLINE VqCodes(const Matrix& w, int64_t tile) : codes(w.codes + tile * w.tile_bytes), whole(w.k / kChunk) {
-    if (!kWhole && w.k % kChunk) {
-      const int64_t before = whole * chunk_bytes(kWhole ? 4 : Bits);
-      std::memset(tail, 0, sizeof tail);
-      std::memcpy(tail, codes + before, size_t(w.tile_bytes - before));
-    }
-  }
-
-  QC_INLINE const uint8_t* chunk(int64_t index) const {
-    if (Bits == 5) return codes + index / 2 * vq_unit_bytes(2, 32);
-    if (kWhole) return codes + index * chunk_bytes(3);
-    return index < whole ? codes + index * chunk_bytes(kWhole ? 4 : Bits) : tail;
-  }
-};
-
-// The codebooks that the columns of one tile have, from left to right.
-struct TileBooks {
-  const Codebooks& books;
-  const int8_t* entries;
-  const uint16_t* scales;
-
-  QC_INLINE TileBooks(const Codebooks& all, int64_t tile) : books(all) {
-    const int64_t first = tile * kTileRows / all.block_rows * all.across;
-    entries = all.entries + first * all.dim * all.centroids;
-    scales = all.scales + first;
-  }
-  QC_INLINE void next() { entries += books.dim * books.centroids, ++scales; }
+struct TileBooks : BooksOfTile {
+  using BooksOfTile::BooksOfTile;
   QC_INLINE __m256 scale() const { return _mm256_cvtph_ps(_mm_set1_epi16(short(*scales))); }
 };
 
@@ -220,25 +186,16 @@ struct Vectors256 {
   }
 };
 
-template <class Decoder>
-struct Tag {
-  using type = Decoder;
+struct Decoders {
+  using D1x4 = Pairs16;
+  using D1x8 = Single<3>;
+  using D1x16 = Single<4>;
+  using D2x16 = Pairs16;
+  using D2x32 = Pairs<32>;
+  using D2x64 = Pairs<64>;
+  using D2x256 = Vectors256<2>;
+  using D4x256 = Vectors256<4>;
 };
-
-// Calls choose with the tag of the decoder of a matrix.
-template <class Function = TileFunction, class Choose>
-Function with_decoder(const Codebooks& books, Choose&& choose) {
-  switch (books.dim * 1000 + books.centroids) {
-    case 1004:
-    case 2016: return choose(Tag<Pairs16>());
-    case 1008: return choose(Tag<Single<3>>());
-    case 1016: return choose(Tag<Single<4>>());
-    case 2032: return choose(Tag<Pairs<32>>());
-    case 2064: return choose(Tag<Pairs<64>>());
-    case 2256: return choose(Tag<Vectors256<2>>());
-    default: return choose(Tag<Vectors256<4>>());
-  }
-}
 
 }  // namespace
 }  // namespace qc

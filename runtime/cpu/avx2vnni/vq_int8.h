@@ -90,11 +90,11 @@ TileFunction of_rows(int64_t rows) {
 }
 
 inline TileFunction tile_function(const LinearJob& job) {
-  return with_decoder(*job.weight.codebooks, [&](auto tag) { return of_rows<typename decltype(tag)::type>(job.block_rows); });
+  return with_decoder<Decoders>(*job.weight.codebooks, [&](auto tag) { return of_rows<typename decltype(tag)::type>(job.block_rows); });
 }
 
 inline KeepFunction keep_function(const LinearJob& job) {
-  return with_decoder<KeepFunction>(*job.weight.codebooks, [&](auto tag) -> KeepFunction {
+  return with_decoder<Decoders, KeepFunction>(*job.weight.codebooks, [&](auto tag) -> KeepFunction {
     using Decoder = typename decltype(tag)::type;
     return job.block_rows == 5 ? keep_vq_int8<Decoder, 5> : keep_vq_int8<Decoder, 6>;
   });

@@ -4,11 +4,8 @@
 
 #include <immintrin.h>
 
-#include "../kernels.h"
-#include "../layout.h"
+#include "../tile_codes.h"
 #include "../panel.h"
-
-#define QC_INLINE inline __attribute__((always_inline))
 
 namespace qc {
 namespace {
@@ -87,25 +84,6 @@ QC_INLINE __m512 load_scales(const uint16_t* scales) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
 }
 
-// The chunks of one tile. The last one may hold fewer units than 32 columns; it is then read from a padded copy.
-template <int Bits>
-struct TileCodes {
-  const uint8_t* codes;
-  int64_t whole;
-  alignas(64) uint8_t tail[chunk_bytes(Bits)];
-
-  QC_INLINE TileCodes(const Matrix& w, int64_t tile) : codes(w.codes + tile * w.tile_bytes), whole(w.k / kChunk) {
-    if (w.k % kChunk) {
-      std::memset(tail, 0, sizeof tail);
-      std::memcpy(tail, codes + whole * chunk_bytes(Bits), size_t(w.tile_bytes - whole * chunk_bytes(Bits)));
-    }
-  }
-
-  QC_INLINE const uint8_t* chunk(int64_t index) const {
-    return index < whole ? codes + index * chunk_bytes(Bits) : tail;
-  }
-};
-
 // Adds the bias and writes the rows of the tile that exist, with one NaN for all ISAs.
 QC_INLINE void store(const LinearJob& job, int64_t tile, int64_t row, __m512 acc) {
   if (row >= job.rows) return;
@@ -141,7 +119,6 @@ struct KeepTile {
   }
 };
 
-using TileFunction = void (*)(const LinearJob& job, int64_t tile, int64_t block);
 using KeepFunction = void (*)(const LinearJob& job, int64_t tile, int64_t block, const PanelTile& out);
 
 }  // namespace

@@ -8,7 +8,7 @@
 #ifndef QCOMPILER_AVX512_VQ_KERNELS_H
 #define QCOMPILER_AVX512_VQ_KERNELS_H
 
-#include "../vq_layout.h"
+#include "../vq_tiles.h"
 #include "isa.h"
 #include "vectors.h"
 
@@ -74,18 +74,8 @@ QC_INLINE void prefetch_ahead(const uint8_t* p, bool half) {
   for (int64_t i = first; i < end; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + kAhead + i), _MM_HINT_T0);
 }
 
-// The codebooks that the columns of one tile have, from left to right.
-struct TileBooks {
-  const Codebooks& books;
-  const int8_t* entries;
-  const uint16_t* scales;
-
-  QC_INLINE TileBooks(const Codebooks& all, int64_t tile) : books(all) {
-    const int64_t first = tile * kTileRows / all.block_rows * all.across;
-    entries = all.entries + first * all.dim * all.centroids;
-    scales = all.scales + first;
-  }
-  QC_INLINE void next() { entries += books.dim * books.centroids, ++scales; }
+struct TileBooks : BooksOfTile {
+  using BooksOfTile::BooksOfTile;
   QC_INLINE __m512 scale() const { return _mm512_cvtph_ps(_mm256_set1_epi16(short(*scales))); }
 };
 
@@ -227,27 +217,6 @@ TileFunction float_of_rows(int64_t rows) {
     case 2: return tile_float<Decoder, 2>;
     case 4: return tile_float<Decoder, 4>;
     default: return tile_float<Decoder, 6>;
-  }
-}
-
-// Calls choose(decoder type's tag) for the codebooks of a matrix.
-template <class Decoder>
-struct Tag {
-  using type = Decoder;
-};
-
-template <class Decoders, class Function = TileFunction, class Choose>
-Function with_decoder(const Codebooks& books, Choose&& choose) {
-  const int key = books.dim * 1000 + books.centroids;
-  switch (key) {
-    case 1004: return choose(Tag<typename Decoders::D1x4>());
-    case 1008: return choose(Tag<typename Decoders::D1x8>());
-    case 1016: return choose(Tag<typename Decoders::D1x16>());
-    case 2016: return choose(Tag<typename Decoders::D2x16>());
-    case 2032: return choose(Tag<typename Decoders::D2x32>());
-    case 2064: return choose(Tag<typename Decoders::D2x64>());
-    case 2256: return choose(Tag<typename Decoders::D2x256>());
-    default: return choose(Tag<typename Decoders::D4x256>());
   }
 }
 

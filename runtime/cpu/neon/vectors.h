@@ -8,10 +8,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "../kernels.h"
-#include "../layout.h"
-
-#define QC_INLINE inline __attribute__((always_inline))
+#include "../tile_codes.h"
 
 namespace qc {
 namespace {
@@ -136,31 +133,6 @@ QC_INLINE float32x4_t load_scales(const uint16_t* scales, int q) {
   return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(scales + kQuadRows * q)));
 }
 
-// Hides where p points: the compiler would rather make a second loop for a padded copy, decoded in advance.
-QC_INLINE const uint8_t* same_loop(const uint8_t* p) {
-  __asm__("" : "+r"(p));
-  return p;
-}
-
-// The chunks of one tile. The last one may hold fewer units than 32 columns; it is then read from a padded copy.
-template <int Bits>
-struct TileCodes {
-  const uint8_t* codes;
-  int64_t whole;
-  alignas(64) uint8_t tail[chunk_bytes(Bits)];
-
-  QC_INLINE TileCodes(const Matrix& w, int64_t tile) : codes(w.codes + tile * w.tile_bytes), whole(w.k / kChunk) {
-    if (w.k % kChunk) {
-      std::memset(tail, 0, sizeof tail);
-      std::memcpy(tail, codes + whole * chunk_bytes(Bits), size_t(w.tile_bytes - whole * chunk_bytes(Bits)));
-    }
-  }
-
-  QC_INLINE const uint8_t* chunk(int64_t index) const {
-    return same_loop(index < whole ? codes + index * chunk_bytes(Bits) : tail);
-  }
-};
-
 // `count` floats (1 .. 4, more count as 4), then zeros.
 QC_INLINE float32x4_t load_first(const float* p, int64_t count) {
   if (count >= kQuadRows) return vld1q_f32(p);
@@ -192,8 +164,6 @@ QC_INLINE void store(const LinearJob& job, int64_t tile, int q, int64_t row, flo
   if (job.bias) acc = vaddq_f32(acc, load_first(job.bias + first, left));
   store_first(job.y + row * job.y_stride + first, with_one_nan(acc), left);
 }
-
-using TileFunction = void (*)(const LinearJob& job, int64_t tile, int64_t block);
 
 // `run` on each tile, block by block.
 QC_INLINE void each_tile(const LinearJob& job, TileFunction run, int64_t tile_begin, int64_t tile_end, int64_t block_begin,

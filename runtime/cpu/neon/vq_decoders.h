@@ -9,7 +9,7 @@
 #ifndef QCOMPILER_NEON_VQ_DECODERS_H
 #define QCOMPILER_NEON_VQ_DECODERS_H
 
-#include "../vq_layout.h"
+#include "../vq_tiles.h"
 #include "vectors.h"
 
 namespace qc {
@@ -162,25 +162,16 @@ struct Vectors256 {
   }
 };
 
-template <class Decoder>
-struct Tag {
-  using type = Decoder;
+struct Decoders {
+  using D1x4 = Pairs16;
+  using D1x8 = Single<3>;
+  using D1x16 = Single<4>;
+  using D2x16 = Pairs16;
+  using D2x32 = Pairs<32>;
+  using D2x64 = Pairs<64>;
+  using D2x256 = Vectors256<2>;
+  using D4x256 = Vectors256<4>;
 };
-
-// Calls choose with the tag of the decoder of a matrix.
-template <class Choose>
-TileFunction with_decoder(const Codebooks& books, Choose&& choose) {
-  switch (books.dim * 1000 + books.centroids) {
-    case 1004:
-    case 2016: return choose(Tag<Pairs16>());
-    case 1008: return choose(Tag<Single<3>>());
-    case 1016: return choose(Tag<Single<4>>());
-    case 2032: return choose(Tag<Pairs<32>>());
-    case 2064: return choose(Tag<Pairs<64>>());
-    case 2256: return choose(Tag<Vectors256<2>>());
-    default: return choose(Tag<Vectors256<4>>());
-  }
-}
 
 }  // namespace
 }  // namespace qc

@@ -54,7 +54,7 @@ TileFunction of_rows(int64_t rows) {
 namespace neon {
 
 void vq_float(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end) {
-  const TileFunction run = with_decoder(*job.weight.codebooks, [&](auto tag) {
+  const TileFunction run = with_decoder<Decoders>(*job.weight.codebooks, [&](auto tag) {
     return of_rows<typename decltype(tag)::type>(job.block_rows);
   });
   each_tile(job, run, tile_begin, tile_end, block_begin, block_end);

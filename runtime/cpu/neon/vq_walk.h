@@ -8,30 +8,6 @@
 namespace qc {
 namespace {
 
-// The codes of one tile, walked chunk by chunk of 32 columns. Bits: of a column (see vq_layout.h), 5 for the 5-bit indices of
-// pairs, whose units are two chunks each.
-template <int Bits>
-struct VqCodes {
-  static constexpr bool kWhole = Bits == 5 || Bits == 3;  // units of a chunk or more: none is there in part
-  const uint8_t* codes;
-  int64_t whole;
-  alignas(64) uint8_t tail[kWhole ? 64 : chunk_bytes(Bits)];
-
-  QC_INLINE VqCodes(const Matrix& w, int64_t tile) : codes(w.codes + tile * w.tile_bytes), whole(w.k / kChunk) {
-    if (!kWhole && w.k % kChunk) {
-      const int64_t before = whole * chunk_bytes(kWhole ? 4 : Bits);
-      std::memset(tail, 0, sizeof tail);
-      std::memcpy(tail, codes + before, size_t(w.tile_bytes - before));
-    }
-  }
-
-  QC_INLINE const uint8_t* chunk(int64_t index) const {
-    if (Bits == 5) return codes + index / 2 * vq_unit_bytes(2, 32);
-    if (kWhole) return codes + index * chunk_bytes(3);
-    return same_loop(index < whole ? codes + index * chunk_bytes(kWhole ? 4 : Bits) : tail);
-  }
-};
-
 // Walks one tile's segments from left to right. For each: start(), then add(j, v, chunk) with the entries v of columns
 // 32 chunk + 4j and on for quads first .. first + Q - 1, then end(s, factors S * c of these quads).
 template <class Decoder, int Q, class Start, class Add, class End>

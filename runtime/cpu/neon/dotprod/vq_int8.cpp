@@ -21,7 +21,7 @@ namespace neon {
 namespace dotprod {
 
 void vq_int8(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end) {
-  const TileFunction run = with_decoder(*job.weight.codebooks, [&](auto tag) {
+  const TileFunction run = with_decoder<Decoders>(*job.weight.codebooks, [&](auto tag) {
     return of_rows<typename decltype(tag)::type>(job.block_rows);
   });
   each_tile(job, run, tile_begin, tile_end, block_begin, block_end);

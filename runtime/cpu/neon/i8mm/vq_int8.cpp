@@ -8,7 +8,7 @@ namespace i8mm {
 
 void vq_int8(const LinearJob& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end) {
   if (job.block_rows < 4) return dotprod::vq_int8(job, tile_begin, tile_end, block_begin, block_end);
-  const TileFunction run = with_decoder(*job.weight.codebooks, [&](auto tag) -> TileFunction {
+  const TileFunction run = with_decoder<Decoders>(*job.weight.codebooks, [&](auto tag) -> TileFunction {
     using Decoder = typename decltype(tag)::type;
     return job.block_rows == 4 ? tile_vq_int8<Matrices, Decoder, 4> : tile_vq_int8<Matrices, Decoder, 8>;
   });
