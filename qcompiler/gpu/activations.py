@@ -55,7 +55,7 @@ def _levels(x, scale):
     return tl.where(q == q, round_half_even(q), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("blocks",))
 def _prepare(
     x_ptr, norm_ptr, range_scale_ptr, range_zero_ptr, a_ptr, scale_ptr, k, stride, blocks, epsilon,
     NORM: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, CHUNK: tl.constexpr,

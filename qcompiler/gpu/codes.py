@@ -21,6 +21,8 @@ import triton.language as tl
 
 EXPONENT = 150 << 23  # of 2^23 in float32
 HALF_EXPONENT = 25 << 10  # of 2^10 in float16
+# Arguments of which nothing but their value is of use: a kernel is not compiled anew for a 1 or a multiple of 16 among them.
+COUNTS = ("rows", "sa_blocks", "row_words", "tiles", "groups", "experts", "steps", "steps_each")
 WORD_COLUMNS = {8: 4, 4: 8, 3: 8, 2: 16}
 
 

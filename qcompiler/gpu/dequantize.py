@@ -22,7 +22,7 @@ INT_MM_ROWS = 17  # that torch._int_mm takes at least
 INT_MM_COLUMNS = 16  # of which its operands have a multiple
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("last", "row_words", "groups"))
 def _dequantize(
     words_ptr, scales_ptr, zeros_ptr, out_ptr, first, last, k, stride, row_words, groups, exponent,
     BITS: tl.constexpr, GROUP: tl.constexpr, WORD_K: tl.constexpr, SYMMETRIC: tl.constexpr, CENTER: tl.constexpr,

@@ -15,13 +15,13 @@ import triton.language as tl
 
 from qcompiler.gpu import device
 from qcompiler.gpu.activations import finite_or_nan
-from qcompiler.gpu.codes import EXPONENT, HALF_EXPONENT, WORD_COLUMNS, expand, load_scales, load_words, load_zeros
+from qcompiler.gpu.codes import COUNTS, EXPONENT, HALF_EXPONENT, WORD_COLUMNS, expand, load_scales, load_words, load_zeros
 from qcompiler.gpu.dispatch import splits
 from qcompiler.gpu.weight import Weight
 from qcompiler.ops.formats import ACTIVATION_BLOCK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _dot(
     x_ptr, sa_ptr, words_ptr, scales_ptr, zeros_ptr, order_ptr, owner_ptr, partial_ptr,
     rows, n, k, x_stride, sa_blocks, row_words, tiles, groups, experts, steps, steps_each, exponent,

@@ -68,7 +68,7 @@ def _product(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("splits", "outliers"))
 def _finish(
     partial_ptr, scale_ptr, zero_ptr, row_scale_ptr, row_sum_ptr, offset_ptr, bias_ptr, expert_ptr, x_ptr, column_ptr,
     outlier_ptr, residual_ptr, y_ptr, splits, split_stride, width, n, k, h, outliers,

@@ -12,7 +12,7 @@ from qcompiler.gpu.codes import EXPONENT, WORD_COLUMNS, expand, load_scales, loa
 from qcompiler.gpu.weight import Weight, packed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n", "row_words", "groups"))
 def _rows(
     index_ptr, words_ptr, scales_ptr, zeros_ptr, y_ptr, n, k, row_words, groups, exponent,
     BITS: tl.constexpr, GROUP: tl.constexpr, WORD_K: tl.constexpr, SYMMETRIC: tl.constexpr, CENTER: tl.constexpr,

@@ -17,12 +17,12 @@ import triton.language as tl
 
 from qcompiler.gpu import device
 from qcompiler.gpu.activations import finite_or_nan
-from qcompiler.gpu.codes import EXPONENT, WORD_COLUMNS, code_at, load_scales, load_some, load_words, load_zeros
+from qcompiler.gpu.codes import COUNTS, EXPONENT, WORD_COLUMNS, code_at, load_scales, load_some, load_words, load_zeros
 from qcompiler.gpu.dispatch import splits
 from qcompiler.gpu.weight import Weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _gemv(
     x_ptr, sa_ptr, words_ptr, scales_ptr, zeros_ptr, expert_ptr, partial_ptr,
     rows, n, k, x_stride, sa_blocks, row_words, tiles, groups, experts, steps, steps_each, exponent,

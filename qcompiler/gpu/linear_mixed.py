@@ -14,7 +14,7 @@ from qcompiler.ops import layout
 from qcompiler.ops.formats import Activation
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count",))
 def _clear(x_ptr, column_ptr, k, count, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     item = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -15,8 +15,11 @@ import triton.language as tl
 from qcompiler.gpu.activations import finite_or_nan
 from qcompiler.gpu.vq_codes import books, factors, index_words, look_up, number_of, row_words
 
+# As of `codes.COUNTS`.
+COUNTS = ("rows", "units", "groups", "across", "blocks")
 
-@triton.jit
+
+@triton.jit(do_not_specialize=(*COUNTS, "spans_of_split"))
 def gemv(
     x, sa, codes, table, book_scales, scales, partials, rows, n, k, spans_of_split, units, groups, across, blocks,
     DIM: tl.constexpr, CENTROIDS: tl.constexpr, INDEX_BITS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
@@ -120,7 +123,7 @@ def vectors_first(x, DIM: tl.constexpr, ROWS: tl.constexpr, SEGMENT: tl.constexp
     return tl.reshape(tl.permute(tl.reshape(x, [ROWS, SPANS, DIM, 4]), (0, 1, 3, 2)), [ROWS, SEGMENT])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=(*COUNTS, "segments_of_split"))
 def dot(
     x, sa, codes, table, book_scales, scales, partials, rows, n, k, segments_of_split, units, groups, across, blocks,
     DIM: tl.constexpr, CENTROIDS: tl.constexpr, INDEX_BITS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
@@ -161,7 +164,7 @@ def dot(
     tl.store(partials + out, finite_or_nan(total), mask=given[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count", "units", "groups", "across"))
 def dequantize(
     codes, table, book_scales, scales, weight, first, count, k, units, groups, across,
     DIM: tl.constexpr, CENTROIDS: tl.constexpr, INDEX_BITS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
@@ -187,7 +190,7 @@ def dequantize(
     tl.store(weight + out, value.to(weight.dtype.element_ty), mask=inside[None, :] & (place < k)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n", "units", "groups", "across"))
 def embed(
     indices, codes, table, book_scales, scales, y, n, k, units, groups, across,
     DIM: tl.constexpr, CENTROIDS: tl.constexpr, INDEX_BITS: tl.constexpr, BLOCK_ROWS: tl.constexpr,

@@ -44,9 +44,10 @@ def compiling(capability: int, found: Callable[[dict[str, Any]], None]) -> Itera
         constants = {p.name for p in self.params if p.is_constexpr}
         constants |= {name for name in names if values[name] is None or values[name] is True}
         # As a launch specializes: 1 is a constant, multiples of 16 and tensors are known to be aligned.
-        constants |= {n for n in names if isinstance(values[n], int) and values[n] == 1}
+        plain = {p.name for p in self.params if p.do_not_specialize}
+        constants |= {n for n in names if n not in plain and isinstance(values[n], int) and values[n] == 1}
         signature = {n: "constexpr" if n in constants else mangle_type(values[n], None) for n in names}
-        aligned = [n for n in names if n not in constants and _aligned(values[n])]
+        aligned = [n for n in names if n not in constants | plain and _aligned(values[n])]
         key = (self.fn.__name__, str(signature), str([values[n] for n in sorted(constants)]), str(aligned), str(options))
         if key in done:
             return

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import threading
 from contextlib import nullcontext
 
@@ -11,6 +15,7 @@ import torch
 from qcompiler.ops import SPECS
 from tests.gpu.dry_run import CUDA, arguments, dry
 from tests.gpu.parity import sample
+from tests.gpu.test_compiled import ROOT
 
 pytest.importorskip("triton")
 NAMES = ("linear_nbit", "linear_mixed", "linear_experts_nbit", "linear_vq", "embedding_nbit", "embedding_vq")
@@ -55,6 +60,19 @@ def test_a_large_prefill_has_grids_and_offsets_that_a_gpu_takes(monkeypatch) -> 
             y = implementation("linear_nbit")(*given, 4, 128, n, k, 0, 1, 0, 0.0)
             assert y.shape == (rows, n)
     assert {kernel for kernel, _ in seen} == {"_gemv", "_dot", "_dequantize", "_prepare", "_finish"}
+
+
+def test_a_new_number_of_tokens_compiles_nothing_anew() -> None:
+    """24 lengths of prompts on five layers: a kernel each, one more for what a split of K or its absence changes."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.gpu.specializations"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert len(found["unknown"]) == 11 and not any(found["unknown"].values())  # declarations name arguments that there are
+    compiled = found["compiled"]
+    assert set(compiled) == {"_gemv", "_dot", "_dequantize", "_prepare", "_finish"}
+    assert max(compiled.values()) <= 2, compiled  # dot has two configurations
 
 
 @pytest.mark.parametrize("capturing", [False, True])
