@@ -8,14 +8,15 @@ shared memory.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -139,13 +140,18 @@ def _forced(kernel: str, config: dict[str, int], call: Callable[..., Any], *give
         call(*given)
 
 
-def main(capability: int, names: list[str]) -> None:
+def main(capability: int, names: list[str], every: int) -> None:
     dtypes = (torch.float16, torch.float32) if capability < 80 else (torch.float16, torch.bfloat16, torch.float32)
     with compiling(capability, lambda found: print(json.dumps(found), flush=True)):
-        for label, call in calls(names, dtypes):
+        for label, call in islice(calls(names, dtypes), 0, None, every):
             print(json.dumps({"call": label}), flush=True)
             call()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("capability", type=int, help="90 for 9.0")
+    parser.add_argument("op", nargs="+")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="one of N calls of the sample")
+    given = parser.parse_args()
+    main(given.capability, given.op, given.every)

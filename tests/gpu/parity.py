@@ -148,6 +148,7 @@ def features(case: Case) -> set[tuple]:
     size = min(rows.size // (attributes["k"] if "x" in present else 1), 17)
     found = set(combinations(choices, 2)) | {("rows", size), ("gate", attributes.get("gate"))}
     found |= {(attributes.get("bits"), attributes.get("group"), "zeros" in present)}
+    found |= {("entries", attributes.get("dim"), attributes.get("centroids"))}
     found |= {("n", attributes["n"] % 16 > 0), ("k", attributes["k"] % 128 > 0)}
     return found | {(name,) for name in present & {"bias", "norm", "residual", "activation_zero"}}
 

@@ -24,10 +24,18 @@ def compiled(capability: int, *arguments: str) -> list[dict]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("op", ["linear_nbit", "linear_mixed", "linear_experts_nbit", "embedding_nbit"])
+@pytest.mark.parametrize("op", ["linear_nbit", "linear_mixed", "linear_experts_nbit", "embedding_nbit", "embedding_vq"])
 def test_every_format_compiles_without_spilling(op: str, capability: int) -> None:
     found = [line for line in compiled(capability, op) if "kernel" in line]
     # ptxas keeps 8 bytes there for a launch whose addresses are not aligned (n = 1, 9.0), at 80 registers; spills take hundreds.
     assert found and not [line for line in found if line["stack"] > 8]
     # What a block may have of shared memory: 99 KiB on 8.6 and 8.9, which take what is compiled for 8.0.
     assert max(line["shared"] for line in found) <= {80: 99, 90: 227}[capability] << 10
+
+
+def test_embeddings_compile_for_the_oldest_gpu() -> None:
+    """In every run: both ops, some widths and kinds of index."""
+    lines = compiled(80, "embedding_nbit", "embedding_vq", "--every", "9")
+    found = [line for line in lines if "kernel" in line]
+    assert {line["kernel"] for line in found} == {"_rows", "embed"}
+    assert not any(line["stack"] for line in found) and max(line["shared"] for line in found) <= 48 << 10
