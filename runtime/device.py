@@ -123,6 +123,8 @@ def find_device(name: str, kernels: bool = True, dtype: Dtype = "float32") -> to
         from qcompiler.gpu.device import require
 
         require(found, f"device {name}", getattr(torch, dtype))
+    # By default torch multiplies matrices of float32 exactly, but lets convolutions round them to the 10 bits of TF32.
+    torch.backends.cudnn.allow_tf32 = False
     return found
 
 

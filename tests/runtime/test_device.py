@@ -94,6 +94,16 @@ def test_what_is_there_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_device("cuda:1") == torch.device("cuda", 1)
 
 
+def test_convolutions_of_float32_are_exact_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As products are: by torch's default they are TF32 there."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    find_device("cpu")
+    assert torch.backends.cudnn.allow_tf32
+    fake_gpus(monkeypatch)
+    find_device("cuda")
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_triton_is_asked_for_by_our_kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpus(monkeypatch, triton=False)
     assert find_device("cuda", kernels=False) == torch.device("cuda", 0)
