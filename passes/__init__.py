@@ -66,6 +66,7 @@ def pipeline(recipe: Recipe, fuse: bool = True) -> tuple[list[Pass], list[Pass]]
     from qcompiler.passes.analyse.find_groups import FindGroups
     from qcompiler.passes.analyse.find_roles import FindRoles
     from qcompiler.passes.analyse.find_sites import FindSites
+    from qcompiler.passes.normalise.evaluate_weights import EvaluateWeights
     from qcompiler.passes.normalise.normalise_embedding import NormaliseEmbedding
     from qcompiler.passes.normalise.normalise_experts import NormaliseExperts
     from qcompiler.passes.normalise.normalise_linear import NormaliseLinear
@@ -75,7 +76,9 @@ def pipeline(recipe: Recipe, fuse: bool = True) -> tuple[list[Pass], list[Pass]]
     from qcompiler.passes.rewrite.fuse_linears import FuseLinears
     from qcompiler.passes.rewrite.quantize_sites import QuantizeSites
 
-    normalise = [StripGuards(), NormaliseLinear(), NormaliseExperts(), NormaliseEmbedding(), WidenBfloat16()]
+    normalise = [
+        StripGuards(), EvaluateWeights(), NormaliseLinear(), NormaliseExperts(), NormaliseEmbedding(), WidenBfloat16()
+    ]  # fmt: skip
     analyse = [FindSites(), FindGroups(), FindRoles(), AssignFormats()]
     fusions = [FuseLinears(), FuseEdges()] if fuse and recipe.fuse else []
     return [*normalise, *analyse, *recipe.passes], [QuantizeSites(), *fusions]

@@ -109,6 +109,9 @@ def _make_room(graph: Graph) -> None:
             if has_attribute(module, taken):
                 moved[taken] = free_name(module, f"{taken}_float")
                 rename(module, taken, moved[taken])
+    if not moved:
+        return
+    module.recompile()
     for site in graph.sites:
         site.weight = moved.get(site.weight, site.weight)
         site.bias = moved.get(site.bias, site.bias) if site.bias else None

@@ -16,6 +16,12 @@ _CONVOLUTIONS = frozenset(
     {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv_transpose1d.default,
      aten.conv_transpose2d.input, aten.convolution.default}
 )  # fmt: skip
+# Products inside an op that has no quantized form, by what they are.
+_OTHERS = {
+    aten.bilinear.default: "bilinear forms", aten.embedding_bag.default: "sums of looked up rows",
+    aten.embedding_bag.padding_idx: "sums of looked up rows", aten.gru.input: "recurrent layers",
+    aten.lstm.input: "recurrent layers", aten.rnn_relu.input: "recurrent layers", aten.rnn_tanh.input: "recurrent layers",
+}  # fmt: skip
 _MATRIX_PRODUCTS = PRODUCTS | {aten.addmm.default, aten.linear.default, aten.mv.default, aten.dot.default}
 # What picks some of a weight's matrices, or joins and shapes them, on the way to a product.
 _PICKING = frozenset(
@@ -28,7 +34,9 @@ def find_leftovers(module: GraphModule, sites: set[str]) -> dict[str, tuple[int,
     """name -> (bytes, why) for every constant of two axes or more that a product reads and that no site owns."""
     found: dict[str, tuple[int, str]] = {}
     for node in module.graph.nodes:
-        if node.op != "call_function" or not (node.target in _MATRIX_PRODUCTS | _CONVOLUTIONS or is_grouped(node)):
+        if node.op != "call_function" or not (
+            node.target in _MATRIX_PRODUCTS | _CONVOLUTIONS or node.target in _OTHERS or is_grouped(node)
+        ):
             continue
         for name, picked in _constants(node):
             if name in sites or name in found:
@@ -69,6 +77,8 @@ def _reason(node: Node, tensor: torch.Tensor, picked: bool) -> str:
     op = str(node.target).removesuffix(".default")
     if node.target in _CONVOLUTIONS:
         return f"{op}: convolutions stay in float"
+    if node.target in _OTHERS:
+        return f"{op}: {_OTHERS[node.target]} stay in float"
     if tensor.dim() == 3 and (picked or is_grouped(node) or node.target in (aten.bmm.default, aten.baddbmm.default)):
         return f"{op}: a stack of {tensor.shape[0]} matrices, in a form that is not read as one matrix for each row"
     if picked:

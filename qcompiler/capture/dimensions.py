@@ -33,7 +33,9 @@ class FixedAxis(UnsupportedError):
         # What `fixed` can make of a model: all but caches and second texts.
         can_be = {axis for names in axes.values() for axis in names.values()} <= {"batch", "length"}
         advice = "give example inputs and dynamic_shapes to compile it for this size"
-        if can_be:
+        if "input_ids" not in axes:
+            advice = "name the axes that vary in dynamic_shapes, {} for none"
+        elif can_be:
             advice = f"ask for a graph of one length with the recipe's allow: {{fixed_length: N}} (tokens), or {advice}"
         super().__init__(
             f"{description}: its own code holds the {name} of {path} at {size}, the size that it was traced with; expected one "

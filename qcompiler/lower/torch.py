@@ -33,6 +33,10 @@ def flatten(
     tensors = tuple(get_leaf_tensors(arguments(prepared)).values())
     module.graph.set_codegen(torch.fx.graph.CodeGen())
     module = torch.fx.GraphModule(module, module.graph)  # without the hook that checks the nested arguments
+    for node in list(module.graph.nodes):
+        # Flags and numbers were fixed when the module was captured.
+        if node.op == "placeholder" and not isinstance(node.meta.get("val"), torch.Tensor) and not node.users:
+            module.graph.erase_node(node)
     notes = {
         "angles": widen_angles(module.graph) if own_attention else 0,
         "own_attention": plain(use_own_attention(module, tensors, own_attention)),

@@ -81,3 +81,26 @@ def test_a_graph_without_products_has_no_sites() -> None:
     reports = run(graph, (FindSites(), FindGroups()))
     assert graph.sites == [] and graph.leftovers == {}
     assert reports["find_sites"].matched == 0 and reports["find_groups"].matched == 0
+
+
+class Others(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = nn.LSTM(8, 8, batch_first=True)
+        self.bilinear = nn.Bilinear(8, 8, 4)
+        self.bag = nn.EmbeddingBag(5, 4)
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        h = self.recurrent(x)[0][:, -1]
+        return self.bilinear(h, h) + self.bag(ids)
+
+
+def test_weights_inside_other_ops_are_leftovers_too() -> None:
+    graph = capture(Others().eval(), {"x": torch.randn(2, 5, 8), "ids": torch.tensor([[0, 2], [4, 1]])})
+    run(graph, (*NORMALISE, FindSites()))
+    assert graph.sites == [] and {name: why.partition(": ")[2] for name, (_, why) in graph.leftovers.items()} == {
+        "recurrent.weight_ih_l0": "recurrent layers stay in float",
+        "recurrent.weight_hh_l0": "recurrent layers stay in float",
+        "bilinear.weight": "bilinear forms stay in float",
+        "bag.weight": "sums of looked up rows stay in float",
+    }

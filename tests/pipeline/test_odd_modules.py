@@ -137,3 +137,38 @@ def test_code_that_insists_on_half_precision_is_named(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="layer layer: the model's own code gives it torch.float16 values"):
         compiled(Narrowing(), tmp_path, x(3, 72))
     assert list(tmp_path.iterdir()) == []
+
+
+class WithANumber(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(72, 24)
+
+    def forward(self, x: torch.Tensor, *, scale: float = 1.0, flag: bool = False) -> torch.Tensor:
+        return x[:, :24] if flag else self.layer(x) * scale
+
+
+@pytest.mark.parametrize("target", ["onnx", "torch"])
+def test_numbers_among_the_inputs_are_fixed(tmp_path: Path, target: str) -> None:
+    _, session = compiled(WithANumber(), tmp_path, {"scale": 3.0, "x": x(3, 72), "flag": False}, target=target)
+    assert_near(outputs(session, x(5, 72))[0], WithANumber()(x(5, 72), scale=3.0), NEAR)
+
+
+class Batched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.each = nn.Linear(72, 24), nn.Parameter(torch.randn(3, 24, 24))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(self.layer(x), self.each)
+
+
+def test_an_axis_that_the_module_holds(tmp_path: Path) -> None:
+    """The message names the way out, which is one."""
+    with pytest.raises(UnsupportedError, match=r"holds the batch of x at 3, .*: name the axes that vary in dynamic_shapes"):
+        compiled(Batched().eval(), tmp_path, x(3, 5, 72))
+    recipe = {**RECIPE, "allow": {"min_coverage": 0.4}}
+    result = qcompiler.compile(Batched(), output=tmp_path / "out", example=x(3, 5, 72), recipe=recipe, dynamic_shapes={})
+    assert result.manifest["inputs"][0]["shape"] == [3, 5, 72]
