@@ -122,8 +122,21 @@ def invert_small(matrices: torch.Tensor) -> torch.Tensor:
     if dim == 2:
         a, b, c = matrices[..., 0, 0] + ridge, matrices[..., 0, 1], matrices[..., 1, 1] + ridge
         return torch.stack([c, -b, -b, a], -1).div_((a * c - b * b)[..., None]).view(matrices.shape)
-    eye = torch.eye(dim, dtype=matrices.dtype, device=matrices.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky_ex(matrices + ridge[..., None, None] * eye)[0])
+    lifted = matrices + ridge[..., None, None] * torch.eye(dim, dtype=matrices.dtype, device=matrices.device)
+    if matrices.is_cuda:
+        return inverse_of_many(lifted)
+    return torch.cholesky_inverse(torch.linalg.cholesky_ex(lifted)[0])
+
+
+def inverse_of_many(matrices: torch.Tensor) -> torch.Tensor:
+    """Of positive definite matrices `[…, d, d]`, L⁻ᵀ L⁻¹ of their factors: steps that a GPU has for a whole batch.
+
+    torch.cholesky_inverse goes through a batch there one matrix after another, of which a block of columns has some ten thousand.
+    """
+    lower = torch.linalg.cholesky_ex(matrices)[0]
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    inverse = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+    return inverse.mT @ inverse
 
 
 def solve_small(matrices: torch.Tensor, right: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:

@@ -179,3 +179,12 @@ def test_tables_that_cannot_be():
             vq_tables.entries(table)
     with pytest.raises(ValueError, match="no float16 scale"):
         vq_tables.entries(torch.tensor([1e9, -1e9]))
+
+
+@pytest.mark.parametrize("dim", [3, 4, 8])
+def test_inverses_of_many_are_those_of_one_after_another(dim):
+    root = torch.randn(50, 3, dim, dim, dtype=F64, generator=torch.Generator().manual_seed(dim))
+    matrices = root @ root.mT + 0.01 * torch.eye(dim, dtype=F64)
+    found = codebook.inverse_of_many(matrices)
+    torch.testing.assert_close(found, torch.cholesky_inverse(torch.linalg.cholesky(matrices)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found @ matrices, torch.eye(dim, dtype=F64).expand_as(matrices), rtol=0, atol=1e-8)
