@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -341,6 +342,61 @@ def test_a_machine_without_git_is_measured_too(monkeypatch: pytest.MonkeyPatch) 
     assert "commit unknown" in shown(found)
 
 
+def recorded_graphs(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
+    """As much of torch.cuda as a measurement asks for: graphs know how many calls they have, of 60 µs each."""
+    graphs: list[SimpleNamespace] = []
+    clock = [0.0]
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+            self.at: float | None = None
+
+        def record(self) -> None:
+            self.at = clock[0]
+
+        def synchronize(self) -> None:
+            assert self.at is not None
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1e3 * (end.at - self.at)
+
+    def made() -> SimpleNamespace:
+        def replay() -> None:
+            graph.replays += 1
+            clock[0] += graph.seconds
+
+        graph = SimpleNamespace(replay=replay, replays=0, calls=0, seconds=0.0)
+        graphs.append(graph)
+        return graph
+
+    @contextlib.contextmanager
+    def captured(graph: SimpleNamespace, stream: Any):
+        before = calls[0]
+        yield
+        graph.calls = calls[0] - before
+        graph.seconds = 6e-5 * graph.calls
+
+    calls = [0]
+    capture = gpu_timing._captured
+
+    def counted(given: Any, times: int) -> Any:
+        def one(call: Any) -> Any:
+            calls[0] += 1
+            return call()
+
+        return capture([lambda call=call: one(call) for call in given], times)
+
+    monkeypatch.setattr(gpu_timing, "_captured", counted)
+    for name, value in (("Stream", lambda: stream), ("current_stream", lambda: stream), ("Event", Event), ("CUDAGraph", made)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "graph", captured)
+    for name in ("stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, lambda place: contextlib.nullcontext())
+    return graphs
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 def test_a_run_measures_every_side_that_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """On the CPU, with the graphs replaced: our kernel interpreted, float16 as torch has it there."""
@@ -350,16 +406,11 @@ def test_a_run_measures_every_side_that_runs(monkeypatch: pytest.MonkeyPatch, ca
     from qcompiler.gpu import implementation
     from qcompiler.ops import torch_ops
 
-    def samples(calls, replays: int) -> list[float]:
-        for call in calls:
-            call()
-        return [1e-6] * replays
-
     monkeypatch.setattr(torch_ops, "overload", implementation)
     monkeypatch.setattr(gpu, "gpu", lambda name: CPU)
-    monkeypatch.setattr(gpu, "machine", lambda device: results({})["machine"])
-    monkeypatch.setattr(gpu.torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(gpu_timing, "samples", samples)
+    graphs = recorded_graphs(monkeypatch)
+    described = SimpleNamespace(name="A GPU", major=9, minor=0, multi_processor_count=2, total_memory=2**35, L2_cache_size=2**26)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: described)
     monkeypatch.setattr(gpu_timing, "copies", lambda size, cold: 2)
     monkeypatch.setattr(gpu_timing, "COPY_BYTES", 1000)
     arguments = ["--formats", "vq3", "--activations", "float", "--rows", "1,2", "--shapes", "16x128", "--replays", "3"]
@@ -368,8 +419,13 @@ def test_a_run_measures_every_side_that_runs(monkeypatch: pytest.MonkeyPatch, ca
     for setting in found["settings"]:
         assert list(setting["sides"]) == ["float16", "bfloat16", "vq3"]
         vq3 = setting["sides"]["vq3"]
-        assert vq3["kernel"] == "dot" and vq3["ratios"]["float16"] == 1 and vq3["matrices"] == 2 and vq3["error"] < 0.001
-    assert found["copy"]["median"] == 2e9 and found["unmeasured"] == []
+        assert vq3["kernel"] == "dot" and vq3["matrices"] == 2 and vq3["error"] < 0.001
+        assert vq3["ratios"]["float16"] == pytest.approx(1) and vq3["seconds"]["median"] == pytest.approx(6e-5)
+    assert found["copy"]["median"] == pytest.approx(2000 / 6e-5) and found["unmeasured"] == []
+    assert found["machine"]["device"] == "A GPU" and found["machine"]["capability"] == "9.0"
+    # The copy, and three sides in two settings: a graph that is too short for the clock, and one that is not.
+    assert [graph.calls for graph in graphs] == [1, 4] + [2, 4] * 6
+    assert all(graph.replays == (1 if number % 2 == 0 else 3 + 3) for number, graph in enumerate(graphs))
     assert set(found["skipped"]) == {"torch-int4-g32", "torch-int4-g128", "torch-int-mm"}
     assert "vq3" in shown(found)
 
