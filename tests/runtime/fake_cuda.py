@@ -21,7 +21,7 @@ from qcompiler.ops.attention import ATTENTION, _elsewhere
 from qcompiler.runtime.artifact import TensorInfo, open_artifact
 from qcompiler.runtime.precision import input_dtype, narrow
 from qcompiler.runtime.relocate import relocate
-from qcompiler.runtime.static_cache import static_program
+from qcompiler.runtime.static_cache import Refused, static_program
 from qcompiler.runtime.static_module import StaticModule
 from qcompiler.runtime.torch_program import TorchProgram
 
@@ -103,7 +103,6 @@ def watched(path: Path, dtype: torch.dtype = torch.float32, plant: Plant = lambd
 
     Raises:
         Found: an op that a GPU, or the capture of a CUDA graph, does not take.
-        Refused: a decoder whose cache grows.
     """
     artifact = open_artifact(path)
     module, watch = TorchProgram(artifact, 1).module, Watch()
@@ -111,17 +110,19 @@ def watched(path: Path, dtype: torch.dtype = torch.float32, plant: Plant = lambd
         narrow(module, dtype, artifact)
     with fake_cuda() as mode:
         on_fake_cuda(module, mode)
-        if artifact.cache is None:
-            plant(module)
-            module.recompile()
-            with watch:
-                module(*(_input(info, _Sizes(7), dtype) for info in artifact.inputs))
-            return watch
-        static = static_program(module, artifact, CUDA)
-        plant(static.module)
-        static.module.recompile()
         infos = {info.name: info for info in artifact.inputs}
-        whole = StaticModule(static, [_input(infos[past], _Sizes(CAPACITY), dtype) for past in static.pasts])
+        try:
+            static = static_program(module, artifact, CUDA) if artifact.cache is not None else None
+        except Refused:  # its cache grows
+            static = None
+        plant(module if static is None else static.module)
+        (module if static is None else static.module).recompile()
+        if static is None:
+            with watch:
+                module(*(_input(info, _Sizes(7, past=4), dtype) for info in artifact.inputs))
+            return watch
+        assert artifact.cache is not None
+        whole = StaticModule(static, [_input(infos[past], _Sizes(0, past=CAPACITY), dtype) for past in static.pasts])
         for count in (artifact.cache.step or 5, 1):
             tokens, filled = (torch.zeros(shape, dtype=torch.int64, device=CUDA) for shape in ((1, count), ()))
             with watch:
@@ -131,10 +132,10 @@ def watched(path: Path, dtype: torch.dtype = torch.float32, plant: Plant = lambd
 
 
 class _Sizes(dict[str, int]):
-    """One size for every free axis; of a batch 1."""
+    """Sizes of free axes: of a text `size`, with `past` before it; of a batch 1."""
 
-    def __init__(self, size: int) -> None:
-        super().__init__(batch=1)
+    def __init__(self, size: int, past: int = 0) -> None:
+        super().__init__(batch=1, past_length=past, total_length=past + size)
         self._size = size
 
     def __missing__(self, name: str) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 from qcompiler.runtime.bench import bench
 from qcompiler.runtime.session import Session
@@ -100,6 +102,28 @@ def test_torch_compile_takes_the_module_as_one_graph() -> None:
         for position, token in enumerate(TOKENS[:6]):
             found = module(torch.tensor([[int(token)]]), torch.tensor(position))
             assert_same(found[0].numpy(), other.run(np.array([token]), 1))
+
+
+@pytest.mark.slow  # a C++ compiler runs
+def test_inductor_compiles_a_step_once_with_our_ops_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums that inductor fuses may be in another order: a few units in the last place of the largest logit."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    decoder, other = static("llama", capacity=32), static("llama", capacity=32)
+    torch._dynamo.reset()
+    module = torch.compile(decoder.module, fullgraph=True, dynamic=False, mode="max-autotune")
+
+    def step(position: int) -> np.ndarray:
+        return module(torch.tensor([[int(TOKENS[position])]]), torch.tensor(position))[0].numpy()
+
+    # A compile for another length would be an error.
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        first, code = run_and_get_code(step, 0)
+        found = [first, *(step(position) for position in range(1, 12))]
+    torch._dynamo.reset()
+    calls = sum(text.count("torch.ops.qcompiler.linear_nbit.default(") for text in code)
+    assert calls == sum("linear_nbit" in packet(node) for node in decoder.module.program.graph.nodes) > 0
+    for position, logits in enumerate(found):
+        assert_same(logits, other.run(TOKENS[position : position + 1], 1))
 
 
 def test_a_session_uses_it_and_bench_names_it() -> None:

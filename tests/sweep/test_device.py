@@ -19,6 +19,7 @@ from qcompiler.passes.solve.clip_search import ClipSearch
 from qcompiler.passes.solve.distill_blocks import DistillBlocks
 from qcompiler.passes.solve.distill_end_to_end import DistillEndToEnd
 from qcompiler.passes.solve.gptq import Gptq
+from qcompiler.passes.solve.gptvq import Gptvq
 from qcompiler.passes.solve.round_to_nearest import RoundToNearest
 from qcompiler.passes.transform.awq import Awq
 from qcompiler.passes.transform.smooth_quant import SmoothQuant
@@ -27,6 +28,7 @@ from qcompiler.pipeline.manager import PassManager
 from qcompiler.pipeline.passes import Pass
 from qcompiler.pipeline.probe import output_sqnr
 from qcompiler.pipeline.trace import Trace
+from qcompiler.recipe.schema import Select
 from qcompiler.sweep.place import moved, working_on
 from qcompiler.sweep.solutions import Solution, to_tensors
 from tests.calibrated import calibrated
@@ -36,6 +38,7 @@ from tests.sweep.other_device import NAME, OtherDevice, There
 
 FLOAT = {"bits": 3, "group": 32, "activations": "float"}
 INT4 = {"bits": 4, "group": 32}
+VQ2 = {"vq": "vq2", "activations": "float"}
 Made = Callable[[], tuple[Graph, Context]]
 RECIPE: dict[str, Any] = {"allow": {"min_coverage": 0, "fallbacks": 99}}
 
@@ -49,6 +52,11 @@ CASES = [
     pytest.param(lambda: calibrated(FLOAT, **RECIPE), [RoundToNearest(), BiasCorrection()], id="bias"),
     pytest.param(lambda: prepared(INT8, 20.0, **RECIPE), [SmoothQuant(), RoundToNearest()], id="smooth"),
     pytest.param(lambda: calibrated(FLOAT, **RECIPE), [Guide(labels="sampled", groups=2), Gptq(guided=True)], id="guided"),
+    pytest.param(lambda: calibrated(VQ2, **RECIPE), [Gptvq(iterations=4, select=Select(name="q"))], id="gptvq"),
+    slow(lambda: calibrated(VQ2, **RECIPE), [Guide(labels="sampled"), Gptvq(iterations=4, guided=True)], id="guided gptvq"),
+    slow(lambda: calibrated(VQ2, **RECIPE), [Gptvq(iterations=4, asymmetric=True)], id="gptvq against the float stream"),
+    slow(lambda: calibrated(VQ2 | {"vq": "nf4"}, **RECIPE), [Gptvq()], id="gptvq with a fixed table"),
+    slow(lambda: calibrated(VQ2 | {"vq": "vq2-4d"}, **RECIPE), [RoundToNearest()], id="codebooks of the weight"),
     slow(lambda: calibrated(FLOAT, **RECIPE), [Gptq(asymmetric=True)], id="gptq against the float stream"),
     slow(lambda: calibrated(FLOAT, **RECIPE), [ClipSearch()], id="clip"),
     slow(lambda: prepared(INT4, 20.0, **RECIPE), [Awq(), RoundToNearest()], id="awq"),
