@@ -6,10 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from qcompiler.errors import InputError
 from qcompiler.gpu import device, edges
-from qcompiler.gpu.linear_nbit import check_range, check_sums, product
-from qcompiler.gpu.weight import expect, packed
+from qcompiler.gpu.linear_nbit import checked, product
+from qcompiler.gpu.weight import expect
 from qcompiler.ops import layout
 from qcompiler.ops.formats import Activation
 
@@ -42,17 +41,12 @@ def linear_mixed(
     Raises:
         InputError, UnsupportedError: as `linear_nbit`.
     """
-    op = "linear_mixed"
-    device.require(x.device, op, x.dtype)
-    if x.shape[-1] != k:
-        raise InputError(f"{op}: x has {x.shape[-1]} columns, the weight {k}")
-    kind, place = Activation(activation), x.device
-    weight = packed(op, codes, scales, zeros, bits, group, n, k, place)
-    check_range(op, kind, activation_scale, activation_zero, activation_offset, n, place)
-    check_sums(op, weight, kind, activation_zero is not None)
+    op, kind, place = "linear_mixed", Activation(activation), x.device
+    weight = checked(
+        op, x, codes, scales, zeros, bias, activation_scale, activation_zero, activation_offset, bits, group, n, k, kind
+    )
     expect(op, "columns", columns, torch.int32, (columns.numel(),), place)
     expect(op, "outliers", outliers, torch.float16, layout.outliers_shape(n, columns.numel()), place)
-    expect(op, "bias", bias, torch.float32, (n,), place)
     rows = x.reshape(-1, k).contiguous()
     if not rows.shape[0]:
         return x.new_empty((*x.shape[:-1], n))

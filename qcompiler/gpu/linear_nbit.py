@@ -54,6 +54,27 @@ def check_sums(op: str, weight: Weight, activation: Activation, asymmetric: bool
         )
 
 
+def checked(
+    op: str, x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bias: torch.Tensor | None,
+    activation_scale: torch.Tensor | None, activation_zero: torch.Tensor | None, activation_offset: torch.Tensor | None,
+    bits: int, group: int, n: int, k: int, kind: Activation,
+) -> Weight:  # fmt: skip
+    """The weight of a call, whose device and tensors are what the kernels take.
+
+    Raises:
+        InputError: tensors that do not fit the attributes.
+        UnsupportedError: a device or dtype that the kernels do not take, or sums that int32 may not hold.
+    """
+    device.require(x.device, op, x.dtype)
+    if x.shape[-1] != k:
+        raise InputError(f"{op}: x has {x.shape[-1]} columns, the weight {k}")
+    weight = packed(op, codes, scales, zeros, bits, group, n, k, x.device)
+    check_range(op, kind, activation_scale, activation_zero, activation_offset, n, x.device)
+    check_sums(op, weight, kind, activation_zero is not None)
+    expect(op, "bias", bias, torch.float32, (n,), x.device)
+    return weight
+
+
 def product(
     op: str, x: torch.Tensor, weight: Weight, activation: Activation, *, norm: torch.Tensor | None = None, epsilon: float = 0.0,
     range_scale: torch.Tensor | None = None, range_zero: torch.Tensor | None = None, expert: torch.Tensor | None = None,
@@ -105,18 +126,13 @@ def linear_nbit(
         InputError: tensors that do not fit the attributes.
         UnsupportedError: a device or dtype that the kernels do not take.
     """
-    op = "linear_nbit"
-    device.require(x.device, op, x.dtype)
-    if x.shape[-1] != k:
-        raise InputError(f"{op}: x has {x.shape[-1]} columns, the weight {k}")
-    kind, place = Activation(activation), x.device
-    weight = packed(op, codes, scales, zeros, bits, group, n, k, place)
-    check_range(op, kind, activation_scale, activation_zero, activation_offset, n, place)
-    check_sums(op, weight, kind, activation_zero is not None)
+    op, kind, place = "linear_nbit", Activation(activation), x.device
+    weight = checked(
+        op, x, codes, scales, zeros, bias, activation_scale, activation_zero, activation_offset, bits, group, n, k, kind
+    )
     present = [name for name, tensor in (("norm", norm), ("residual", residual)) if tensor is not None]
     linear_edges.check({"n": n, "gate": gate, "epsilon": epsilon}, present)
     shape = (*x.shape[:-1], linear_edges.output_columns({"n": n, "gate": gate}))
-    expect(op, "bias", bias, torch.float32, (n,), place)
     expect(op, "norm", norm, torch.float32, (k,), place)
     expect(op, "residual", residual, (torch.float32, x.dtype), shape, place)
     rows = x.reshape(-1, k).contiguous()
