@@ -8,10 +8,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from qcompiler.errors import InputError
+from qcompiler.errors import InputError, UnsupportedError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -47,12 +48,25 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def tensor_names(path: Path) -> set[str]:
-    """Names of the tensors in a safetensors file; reads its header only, and checks that the data is all there."""
+    """Names of the tensors in a safetensors file; reads its header only, and checks that the data is all there.
+
+    Raises:
+        InputError: the file is not whole.
+        UnsupportedError: a matrix is stored as integers or in 8 bits: what its numbers stand for is written elsewhere.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            return set(file.keys())
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            stored = {name: (str(part.get_dtype()), len(part.get_shape())) for name, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} is damaged or truncated ({path.stat().st_size} bytes): {error}") from error
+    for name, (dtype, axes) in stored.items():
+        if name.endswith(".weight") and axes == 2 and dtype not in _FLOATS:
+            raise UnsupportedError(
+                f"{path}: {name} is stored as {dtype}: this checkpoint is quantized already, though its configuration does not "
+                f"say so; expected {', '.join(_FLOATS)}: give the model that it was made from"
+            )
+    return set(stored)
 
 
 def _sharded(directory: Path, index: Path) -> list[Path]:

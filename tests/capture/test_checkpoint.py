@@ -151,6 +151,13 @@ def test_a_quantized_checkpoint(checkpoint: Path) -> None:
     refused(checkpoint, UnsupportedError, "quantized already (gptq)")
 
 
+@pytest.mark.parametrize("dtype, word", [(torch.int8, "I8"), (torch.uint8, "U8"), (torch.float8_e4m3fn, "F8_E4M3")])
+def test_a_quantized_checkpoint_that_does_not_say_so(checkpoint: Path, dtype: torch.dtype, word: str) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    change_weights(checkpoint, lambda weights: weights.update({name: weights[name].float().to(dtype)}))
+    refused(checkpoint, UnsupportedError, WEIGHTS, f"{name} is stored as {word}", "quantized already")
+
+
 def test_an_adapter(checkpoint: Path) -> None:
     (checkpoint / "adapter_config.json").write_text("{}")
     refused(checkpoint, UnsupportedError, "adapter")
