@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,9 +98,26 @@ def test_what_is_not_understood_is_refused(arguments: list[str], words: str, cap
 
 
 def test_a_layer_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    def full(*_):
+    drawn = gpu_solver.random_layer
+
+    def full(layer, *given):
+        if layer.name == "small":
+            return drawn(layer, *given)
         raise torch.OutOfMemoryError("Tried to allocate 3 GiB\nmore")
 
     monkeypatch.setattr(gpu_solver, "random_layer", full)
     assert gpu_solver.main(["--device", "cpu", "--shrink", "64"]) == 6
     assert "q, o (256 x 256) does not fit on cpu: Tried to allocate 3 GiB" in capsys.readouterr().err
+
+
+def test_on_a_gpu_the_time_ends_with_its_work_and_memory_is_what_a_solve_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: done.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5000)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append("synchronize"))
+    monkeypatch.setattr(gpu_solver.time, "perf_counter", lambda: float(len(done)))
+    solve = lambda: done.append("solve") or SimpleNamespace(fallback=None)  # noqa: E731
+    found = gpu_solver.timed(solve, torch.device("cuda", 0), 2)
+    assert done == ["reset", *["solve", "synchronize"] * 2]
+    assert found == {"seconds": 2.0, "samples": [2.0, 2.0], "peak_bytes": 4000, "fallback": None}

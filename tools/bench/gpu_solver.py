@@ -41,8 +41,7 @@ from tools.bench.gpu import gpu
 from tools.bench.gpu import machine as gpu_machine
 
 BLOCKS = 80
-LEAST = 256  # rows and columns of a shrunk layer, which are multiples of it
-WARM = 512  # of the layer that is solved before
+LEAST = 256  # rows and columns of a shrunk layer, which are multiples of it, and of the layer that is solved before
 PUBLISHED_HOURS = (3, 11)  # of GPTVQ for a model of 70B on one H100, as its paper has them
 
 
@@ -125,10 +124,9 @@ def run(chosen: argparse.Namespace, keep: Keep = lambda results: None) -> dict[s
         "machine": described(device), "shrink": chosen.shrink, "repeats": chosen.repeats, "seed": chosen.seed,
         "measured": measured, "sums": [], "unmeasured": [f"{layer.name}: {name}" for layer in layers for name in named],
     }  # fmt: skip
-    if device.type == "cuda":
-        small = random_layer(Layer("small", WARM, WARM), device, chosen.seed)
-        for solve in named.values():
-            solve(*small)
+    small = random_layer(Layer("small", LEAST, LEAST), device, chosen.seed)
+    for solve in named.values():
+        solve(*small)
     for layer in layers:
         if budget.spent:
             break
