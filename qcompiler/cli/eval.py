@@ -30,10 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     if options.text is not None and not options.text.is_file():
         raise InputError(f"--text {options.text}: no such file")
+    from qcompiler.artifact.manifest import NAME as MANIFEST
+    from qcompiler.cli.verify import check_files
     from qcompiler.evaluate import evaluate
     from qcompiler.report.evaluated import evaluated_document
     from qcompiler.report.tables import show
+    from qcompiler.runtime.artifact import open_artifact
 
+    for source in (options.target, options.against):
+        # Figures of a damaged artifact would be believed.
+        if source is not None and (Path(source) / MANIFEST).is_file():
+            check_files(open_artifact(Path(source)))
     with reporter(options) as progress:
         result = evaluate(
             options.target,

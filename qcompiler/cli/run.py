@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcompiler.cli.options import add_device, add_dtype, not_negative, positive
-from qcompiler.errors import GateError, InputError, UsageError
+from qcompiler.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from qcompiler.runtime.artifact import Artifact
@@ -69,18 +69,12 @@ def execute(options: argparse.Namespace) -> int:
 
 
 def _check(artifact: Artifact, everything: bool) -> None:
-    """Compare files with their hashes, so that a damaged artifact says so instead of saying nonsense."""
-    from qcompiler.artifact.files import digest
-    from qcompiler.artifact.manifest import NAME, check_seal
-    from qcompiler.cli.verify import verify
+    from qcompiler.cli.verify import check_files, verify
 
     if everything:
         verify(artifact.path)
-        return
-    check_seal(artifact.path / NAME)
-    for name, info in artifact.files.items():
-        if info.bytes <= CHECKED_BYTES and digest(artifact.path / name)["sha256"] != info.sha256.lower():
-            raise GateError(f"{artifact.path / name} is damaged: its SHA-256 differs from the manifest's")
+    else:
+        check_files(artifact, CHECKED_BYTES)
 
 
 def _prompt(given: str | None) -> str:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qcompiler.cli.options import add_json
+from qcompiler.errors import GateError
+
+if TYPE_CHECKING:
+    from qcompiler.runtime.artifact import Artifact
 
 NAME = "verify"
 HELP = "check every file of an artifact against its manifest"
@@ -32,3 +37,15 @@ def verify(directory: Path) -> tuple[int, int]:
 
     artifact = open_artifact(directory)
     return verify_files(artifact), sum(info.bytes for info in artifact.files.values())
+
+
+def check_files(artifact: Artifact, largest: float = float("inf")) -> None:
+    """Compare the files of up to `largest` bytes with their hashes, so that a damaged artifact says so instead of saying
+    nonsense. Raises GateError where one differs."""
+    from qcompiler.artifact.files import digest
+    from qcompiler.artifact.manifest import NAME, check_seal
+
+    check_seal(artifact.path / NAME)
+    for name, info in artifact.files.items():
+        if info.bytes <= largest and digest(artifact.path / name)["sha256"] != info.sha256.lower():
+            raise GateError(f"{artifact.path / name} is damaged: its SHA-256 differs from the manifest's")

@@ -55,7 +55,7 @@ def read_text(files: str | os.PathLike | Iterable[str | os.PathLike]) -> Text:
     for path in paths:
         name = os.fspath(path)
         try:
-            with open(name, encoding="utf-8") as file:
+            with open(name, encoding="utf-8-sig") as file:  # an editor's byte order mark is no text
                 documents.append(file.read())
         except UnicodeDecodeError as error:
             raise InputError(

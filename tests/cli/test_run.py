@@ -114,6 +114,14 @@ def test_one_flipped_bit(copy: Path, name: str) -> None:
     assert f"{name} is damaged" in result.stderr
 
 
+def test_figures_of_a_damaged_artifact_are_not_given(copy: Path) -> None:
+    content = bytearray((copy / "model.onnx.data").read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / "model.onnx.data").write_bytes(content)
+    result = qcompiler("eval", copy, "--max-windows", 1, "--context", 32)
+    assert (result.returncode, result.stdout) == (5, "") and "model.onnx.data is damaged" in result.stderr
+
+
 def test_verify_checks_large_files_too(copy: Path) -> None:
     small = "import qcompiler.cli.run; qcompiler.cli.run.CHECKED_BYTES = 0"
     content = bytearray((copy / "tokenizer_config.json").read_bytes())

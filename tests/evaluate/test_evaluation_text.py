@@ -27,6 +27,11 @@ def test_files_are_joined_in_order(tmp_path):
     assert read_text(str(tmp_path / "a")).content == "first"
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    assert read_text(tmp_path / "a.txt").content == "one\ntwo"
+
+
 def test_bad_files_are_named(tmp_path):
     (tmp_path / "latin").write_bytes(b"caf\xe9 au lait")
     (tmp_path / "empty").write_text(" \n")
