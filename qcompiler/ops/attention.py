@@ -83,8 +83,17 @@ def _elsewhere(q, k, v, mask, scale):
     """Torch's own, on the device of its tensors."""
     _check(q, k, v, mask)
     mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
-    found = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-    return found.transpose(1, 2).contiguous().transpose(1, 2)
+    (heads, rows, head), (kv_heads, total) = q.shape[1:], k.shape[1:3]
+    shared = heads // kv_heads
+    if shared > 1:
+        # Heads that share keys are rows of one head: no kernel is in need of a copy of k and v for each of them.
+        q = q.reshape(1, kv_heads, shared * rows, head)
+        if mask.shape[1] > 1:
+            mask = mask.reshape(1, kv_heads, shared * rows, total)
+        else:
+            mask = mask.expand(1, shared, rows, total).reshape(1, 1, shared * rows, total) if rows > 1 else mask
+    found = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return found.reshape(1, heads, rows, head).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _fake(q, k, v, mask, scale):

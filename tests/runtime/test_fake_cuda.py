@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import qcompiler
+from qcompiler.ops.attention import _elsewhere
 from tests.runtime.fake_cuda import CUDA, Found, Plant, Watch, fake_cuda, watched
 from tests.runtime.torch_decoders import MODELS, compiled
 from tools.tiny_configurations import classes, tiny_model
@@ -100,3 +101,31 @@ def test_what_a_gpu_or_a_capture_does_not_take_is_found(found: str) -> None:
         with Watch() as watch:
             assert (x + torch.arange(3, device=CUDA)).device == CUDA
     assert watch.ops["aten.add.Tensor"] == 1
+
+
+@pytest.mark.parametrize("heads_of_mask", [1, 8])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_attention_elsewhere(rows: int, dtype: torch.dtype, heads_of_mask: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against softmax in float64; no head of k and v is wanted more than once."""
+    generator = torch.Generator().manual_seed(rows)
+    random = lambda *shape: torch.randn(1, *shape, generator=generator)  # noqa: E731
+    q, k, v = random(8, rows, 16), random(2, 20, 16), random(2, 20, 16)
+    mask = random(heads_of_mask, rows, 20) if dtype == torch.float32 else random(heads_of_mask, rows, 20) > 0
+    asked: list[tuple[int, int]] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def seen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **given: Any) -> torch.Tensor:
+        asked.append((query.shape[1], key.shape[1]))
+        assert key is k and value is v
+        return real(query, key, value, **given)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
+    found = _elsewhere(q, k, v, mask, 0.3)
+    wide_k, wide_v = (t.double().repeat_interleave(4, 1) for t in (k, v))
+    scores = 0.3 * q.double() @ wide_k.transpose(2, 3)
+    scores = scores.masked_fill(~mask, -torch.inf) if dtype == torch.bool else scores + mask
+    torch.testing.assert_close(found, (scores.softmax(-1) @ wide_v).float(), rtol=0, atol=2e-6)
+    assert asked == [(2, 2)]
+    declared = torch.empty(1, rows, 8, 16).transpose(1, 2)
+    assert found.shape == declared.shape and found.transpose(1, 2).is_contiguous()
