@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from torch import nn
 
 import qcompiler
 from qcompiler.ops.spec import DOMAIN, SPECS
+from qcompiler.pipeline.manager import PassManager
+from qcompiler.pipeline.probe import output_sqnr
 from qcompiler.runtime.artifact import open_artifact
+from tests.sweep.other_device import NAME, OtherDevice
 
 WIDTH = 256
 FLOAT = {"activations": "float"}
@@ -91,16 +95,17 @@ def of_onnx(folder: Path) -> Counter[tuple[str, str]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def compiled(folder: Path, target: Any, recipe: dict[str, Any], **given: Any) -> Path:
     x = torch.randn(24, WIDTH, generator=torch.Generator().manual_seed(1))
     x[:, [5, 77]] *= 50
+    model = Layers().eval()
+    return qcompiler.compile(model, output=folder, recipe=recipe, target=target, example=(x,), reproducible=True, **given).path
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("targets")
-    made = {}
-    for target in ("torch", "onnx"):
-        result = qcompiler.compile(Layers().eval(), output=folder / target, recipe=RECIPE, target=target, example=(x,))
-        made[target] = result.path
-    return made
+    return {target: compiled(folder / target, target, RECIPE) for target in ("torch", "onnx")}
 
 
 def test_the_packed_bytes_are_the_same(artifacts: dict[str, Path]) -> None:
@@ -115,3 +120,27 @@ def test_a_byte_that_differs_is_seen(artifacts: dict[str, Path]) -> None:
     found = of_torch(artifacts["torch"])
     other = Counter({(name, digest(key.encode())): count for (name, key), count in found.items()})
     assert other != found and of_onnx(artifacts["onnx"]) != other
+
+
+def test_an_artifact_of_another_device_is_the_same(
+    artifacts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every pass runs there, on the numbers of the CPU's kernels: every file is equal."""
+    monkeypatch.setattr("qcompiler.runtime.device.find_device", lambda name: None)
+    ops: Counter[str] = Counter()
+
+    def there(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            with OtherDevice() as mode:
+                result = function(*given)
+            ops.update(mode.ops)
+            return result
+
+        return call
+
+    monkeypatch.setattr(PassManager, "run", there(PassManager.run))
+    monkeypatch.setattr("qcompiler.quantizer.output_sqnr", there(output_sqnr))
+    made = compiled(tmp_path / "there", "torch", RECIPE, device=NAME)
+    assert ops["qcompiler.linear_vq.default"] >= 2 and sum(ops.values()) > 1000
+    assert of_torch(made) == of_torch(artifacts["torch"])
+    assert (made / "layers.json").read_text() == (artifacts["torch"] / "layers.json").read_text()
