@@ -22,15 +22,18 @@ def compiled(capability: int, *arguments: str) -> list[dict]:
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
+OPS = ("linear_nbit", "linear_mixed", "linear_experts_nbit", "embedding_nbit", "embedding_vq")
+# What a block may have of shared memory, in KiB; 8.6 and 8.9, which take what is compiled for 8.0, have 99 as well.
+SHARED = {80: 99, 90: 227, 120: 99}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("op", ["linear_nbit", "linear_mixed", "linear_experts_nbit", "embedding_nbit", "embedding_vq"])
-def test_every_format_compiles_without_spilling(op: str, capability: int) -> None:
+@pytest.mark.parametrize("capability,op", [(80, op) for op in OPS] + [(90, op) for op in OPS] + [(120, "linear_mixed")])
+def test_every_format_compiles_without_spilling(capability: int, op: str) -> None:
     found = [line for line in compiled(capability, op) if "kernel" in line]
-    # ptxas keeps 8 bytes there for a launch whose addresses are not aligned (n = 1, 9.0), at 80 registers; spills take hundreds.
-    assert found and not [line for line in found if line["stack"] > 8]
-    # What a block may have of shared memory: 99 KiB on 8.6 and 8.9, which take what is compiled for 8.0.
-    assert max(line["shared"] for line in found) <= {80: 99, 90: 227}[capability] << 10
+    # ptxas keeps 8 or 16 bytes there for a launch whose addresses are not aligned (n = 1), at 80 registers; spills take hundreds.
+    assert found and not [line for line in found if line["stack"] > 16]
+    assert max(line["shared"] for line in found) <= SHARED[capability] << 10
 
 
 def test_embeddings_compile_for_the_oldest_gpu() -> None:
