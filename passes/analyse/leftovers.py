@@ -13,8 +13,9 @@ from qcompiler.passes.normalise.experts_forms import is_grouped
 aten = torch.ops.aten
 
 _CONVOLUTIONS = frozenset(
-    {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv_transpose1d.default,
-     aten.conv_transpose2d.input, aten.convolution.default}
+    {aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default,
+     aten.conv3d.padding, aten.conv_tbc.default, aten.conv_transpose1d.default, aten.conv_transpose2d.input,
+     aten.conv_transpose3d.input, aten.convolution.default}
 )  # fmt: skip
 # Products inside an op that has no quantized form, by what they are.
 _OTHERS = {
@@ -74,7 +75,7 @@ def _constants(node: Node) -> list[tuple[str, bool]]:
 
 
 def _reason(node: Node, tensor: torch.Tensor, picked: bool) -> str:
-    op = str(node.target).removesuffix(".default")
+    op = str(node.target).removesuffix(".default").removesuffix(".padding")
     if node.target in _CONVOLUTIONS:
         return f"{op}: convolutions stay in float"
     if node.target in _OTHERS:

@@ -89,8 +89,11 @@ class Others(nn.Module):
         self.recurrent = nn.LSTM(8, 8, batch_first=True)
         self.bilinear = nn.Bilinear(8, 8, 4)
         self.bag = nn.EmbeddingBag(5, 4)
+        self.same = nn.Conv1d(5, 5, 3, padding="same")
+        self.wider = nn.ConvTranspose3d(5, 5, 1)
 
     def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        x = self.wider(self.same(x)[..., None, None])[..., 0, 0]
         h = self.recurrent(x)[0][:, -1]
         return self.bilinear(h, h) + self.bag(ids)
 
@@ -103,4 +106,6 @@ def test_weights_inside_other_ops_are_leftovers_too() -> None:
         "recurrent.weight_hh_l0": "recurrent layers stay in float",
         "bilinear.weight": "bilinear forms stay in float",
         "bag.weight": "sums of looked up rows stay in float",
+        "same.weight": "convolutions stay in float",
+        "wider.weight": "convolutions stay in float",
     }
