@@ -15,9 +15,11 @@ from qcompiler.numerics import affine
 from qcompiler.numerics.stack import solve_stack
 from qcompiler.numerics.vq import VqWeight
 from qcompiler.passes.solve.weights import fixed_table, quantizable_matrices, quantizable_weight
+from qcompiler.passes.solve.workspace import nearest_bytes
 from qcompiler.pipeline.passes import Pass, Report, Skip
 from qcompiler.pipeline.selection import check_selector
 from qcompiler.recipe.schema import Select, VqScheme
+from qcompiler.sweep.room import check_layers
 
 if TYPE_CHECKING:
     from qcompiler.graph.graph import Graph, Site
@@ -69,6 +71,7 @@ class RoundToNearest(Pass):
         todo = [s for s in unsolved if self._takes(s)]
         report.matched = len(todo)
         report.skipped = [Skip(s.name, "not selected") for s in unsolved if s not in todo]
+        check_layers(context.device, {site.name: self._bytes(site, context) for site in todo}, "rounding")
         # An earlier pass may have solved one of a tied pair.
         solved = [s for s in graph.sites if s.tie_group is not None and s.name in context.solutions]
         by_storage: dict[int, str] = {s.tie_group: s.name for s in solved if s.tie_group is not None}
@@ -90,6 +93,11 @@ class RoundToNearest(Pass):
             report.layers[site.name] |= {"method": self.name, "clipping": self.clipping}
             report.changed += 1
         return report
+
+    def _bytes(self, site: Site, context: Context) -> int:
+        """On a device; the codes of all experts are there together."""
+        size = nearest_bytes(*site.shape, context.schemes[site.name].weight_format)
+        return size + (site.size if site.experts > 1 else 0)
 
     def _solve(self, graph: Graph, context: Context, site: Site) -> tuple[Solution, float]:
         """The solution and its SQNR in dB; no weight is held while the next is read."""

@@ -110,3 +110,18 @@ def check_segments(
             check_fits(torch.device(device), parts(worst), f"{what} {listed}", ADVICE, SHARE)
         cuts.add(min(inside, key=lambda cut: order.alive[order.cuts.index(cut)]))
 
+
+def check_layers(device: str, sizes: Mapping[str, int], what: str) -> None:
+    """Compare the largest of layers that are worked on one by one with the device's free memory.
+
+    Args:
+        device: of the context.
+        sizes: bytes by layer.
+        what: is done with them, for the message.
+
+    Raises:
+        CapacityError: it does not fit; names it, and says by how much.
+    """
+    if sizes:
+        name = max(sizes, key=lambda name: sizes[name])
+        check_fits(torch.device(device), {"its weight and the search": sizes[name]}, f"{what} {name}", ADVICE, SHARE)

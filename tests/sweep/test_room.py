@@ -101,6 +101,27 @@ def test_the_estimate_is_what_is_counted(
     assert mode.peak <= found[-1] <= FACTOR * mode.peak, f"{found[-1] / mode.peak:.2f} times {mode.peak:,} bytes"
 
 
+ROUNDED = [INT4] + [pytest.param(case, marks=pytest.mark.slow) for case in (
+    VQ2, INT4 | {"bits": 8, "group": 0}, INT4 | {"bits": 3, "symmetric": False}, VQ2 | {"vq": "vq4"}, VQ2 | {"vq": "vq1d-4"},
+    VQ2 | {"vq": "nf4"},
+)]  # fmt: skip
+
+
+@pytest.mark.parametrize("linear", ROUNDED, ids=str)
+def test_of_layers_that_are_rounded_one_by_one_the_largest_counts(
+    linear: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, context = made(linear)
+    context.device = NAME
+    found: list[int] = []
+    monkeypatch.setattr(
+        "qcompiler.passes.solve.round_to_nearest.check_layers", lambda device, sizes, what: found.append(max(sizes.values()))
+    )
+    with Counted() as mode:
+        PassManager(Trace()).run(graph, context, [RoundToNearest(iterations=2)])
+    assert mode.peak <= found[-1] <= FACTOR * mode.peak, f"{found[-1] / mode.peak:.2f} times {mode.peak:,} bytes"
+
+
 def test_what_is_let_go_is_not_counted() -> None:
     """The counter itself: two that live at once, a view, one that is gone."""
     with Counted() as mode:
@@ -124,6 +145,8 @@ def test_a_layer_that_does_not_fit_is_refused_before_anything_is_moved(monkeypat
     message = str(refused.value)
     assert message.startswith("solving down needs 10.1 MiB on cuda (the solver 9.0 MiB, statistics 1.0 MiB, quantized layers ")
     assert "only 3.6 MiB are free: 6.5 MiB too little; give shorter samples" in message and "--device cpu" in message
+    with pytest.raises(CapacityError, match=r"rounding (up|down) needs 4.0 MiB .*: 0.4 MiB too little"):
+        PassManager(Trace()).run(graph, context, [RoundToNearest()])
     graph, context = made(INT4)
     context.device = "cuda"
     fake_gpus(monkeypatch, free=2**20, triton=False)
