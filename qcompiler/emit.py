@@ -34,17 +34,17 @@ def _onnx(
     from qcompiler.lower.external import check_saved, external_bytes, save
     from qcompiler.lower.onnx import finish, lower, op_counts
     from qcompiler.lower.quick_match import quick_match
-    from qcompiler.pipeline.accounting import layers_file, packed_totals
+    from qcompiler.pipeline.accounting import inline_bytes, layers_file, packed_totals
 
     with quick_match():
         program = prepared.export_onnx(quantizer)
         reporter.stage("lower")
         lowered = lower(program, decoder=prepared.kind in ("decoder", "encoder-decoder"))
     if target == "onnx-stock":
-        packed = _to_stock(lowered.model, quantizer)
+        packed, inline = _to_stock(lowered.model, quantizer), 0
         lowered.op_counts = op_counts(lowered.model)
     else:
-        packed = packed_totals(lowered.model)
+        packed, inline = packed_totals(lowered.model), inline_bytes(lowered.model)
         finish(lowered, quantizer.recipe.own_attention)
     inputs, outputs = ports(lowered.model)
     reporter.stage("write")
@@ -57,7 +57,7 @@ def _onnx(
         {"schema": 1, "ops": lowered.op_counts, "notes": lowered.notes, "cache": lowered.cache.reason},
     )
     return {
-        "layers": layers_file(quantizer, saved, packed),
+        "layers": layers_file(quantizer, saved, packed, inline),
         "manifest": {
             "entry": MODEL_FILE,
             "inputs": [_port(p) for p in inputs],

@@ -13,6 +13,7 @@ from qcompiler.ops.formats import Activation, VqFormat, parse_weight_format
 from qcompiler.ops.linear_mixed import outlier_bytes
 from qcompiler.ops.packing import format_of, packed_bytes_of
 from qcompiler.ops.spec import DOMAIN
+from qcompiler.passes.rewrite.site_product import WEIGHT
 from qcompiler.pipeline.trace import plain
 from qcompiler.recipe.schema import AnyScheme, VqScheme
 
@@ -72,22 +73,23 @@ def _described(scheme: AnyScheme) -> dict[str, Any]:
     return {"bits": scheme.bits, "group": scheme.weight_format.group, "symmetric": scheme.symmetric}
 
 
-def layers_file(quantizer: Quantizer, saved: Saved | None, packed: dict[str, int]) -> dict[str, Any]:
+def layers_file(quantizer: Quantizer, saved: Saved | None, packed: dict[str, int], inline: int = 0) -> dict[str, Any]:
     """The content of layers.json.
 
     Args:
         quantizer: after `quantize`.
         saved: the files as written; None when nothing was (a dry run).
         packed: bytes of the weights' tensors by `codes`, `scales`, `zeros`, `padding` (see `packed_totals`).
+        inline: of these, bytes that lie in the graph (see `inline_bytes`).
     """
     coverage, left = quantizer.coverage()
     records = layer_records(quantizer)
     weights = sum(r["experts"] * r["shape"][0] * r["shape"][1] for r in _once(records) if r["format"] != "float32")
     sizes = dict(packed)
     if saved is not None:
-        sizes["float"] = sum(t.bytes for t in saved.tensors) - sum(packed.values())
+        sizes["float"] = sum(t.bytes for t in saved.tensors) - sum(packed.values()) + inline
         sizes["alignment"] = saved.alignment_bytes
-        sizes["graph"] = saved.graph_bytes
+        sizes["graph"] = saved.graph_bytes - inline
         sizes["total"] = sum(sizes.values())
     totals = {
         "layers": len(records),
@@ -161,6 +163,19 @@ def packed_totals(model: ir.Model) -> dict[str, int]:
         for key, value in packed_bytes_of(attributes["n"], attributes["k"], format_of(attributes, present)).items():
             totals[key] += experts * value
     return totals
+
+
+def inline_bytes(model: ir.Model) -> int:
+    """Bytes of the packed weights' tensors that are small enough to lie in the graph, each once."""
+    names = {spec.onnx_name: [i.name for i in spec.inputs] for spec in SPECS.values()}
+    values = {
+        id(value): value
+        for node in model.graph.all_nodes()
+        if node.domain == DOMAIN
+        for name, value in zip(names[node.op_type], node.inputs, strict=False)
+        if value is not None and name in WEIGHT
+    }
+    return sum(size for value in values.values() if (size := stored(value).nbytes) <= INLINE_BYTES)
 
 
 def _beside(inputs: dict[str, ir.Value | None], n: int, seen: set[int]) -> dict[str, int]:

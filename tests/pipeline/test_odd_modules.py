@@ -172,3 +172,14 @@ def test_an_axis_that_the_module_holds(tmp_path: Path) -> None:
     recipe = {**RECIPE, "allow": {"min_coverage": 0.4}}
     result = qcompiler.compile(Batched(), output=tmp_path / "out", example=x(3, 5, 72), recipe=recipe, dynamic_shapes={})
     assert result.manifest["inputs"][0]["shape"] == [3, 5, 72]
+
+
+def test_sizes_of_small_layers_add_up(tmp_path: Path) -> None:
+    """Tensors of up to 256 bytes lie in the graph; what is left in float are the two biases of more."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(72, 24), nn.ReLU(), nn.Linear(24, 100), nn.ReLU(), nn.Linear(100, 72))
+    result, _ = compiled(module, tmp_path, x(3, 72))
+    sizes = result.layers["totals"]["bytes"]
+    files = sum((result.path / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+    assert sizes["float"] == 4 * (100 + 72) and min(sizes.values()) >= 0
+    assert sizes["total"] == files == sum(size for kind, size in sizes.items() if kind != "total")
