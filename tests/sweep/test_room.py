@@ -63,12 +63,14 @@ def slow(*values: Any, id: str) -> Any:
 
 
 CASES = [
-    pytest.param(INT4, [Gptq()], 32, id="gptq"),
+    pytest.param(INT4, [Gptq(select=Select(name="down"))], 32, id="gptq"),
     pytest.param(INT4, [Guide(groups=2)], 512, id="gradients"),
-    pytest.param(INT4, [Guide(groups=2), Gptq(guided=True)], 32, id="guided"),
+    pytest.param(INT4, [Guide(groups=2), Gptq(guided=True, select=Q)], 32, id="guided"),
     pytest.param(VQ2, [Gptvq(select=Q, iterations=2)], 32, id="gptvq"),
     pytest.param(INT4, [Awq()], 32, id="awq"),
     pytest.param(INT4, [RoundToNearest(), BiasCorrection()], 4096, id="two streams of long samples"),
+    slow(INT4, [Gptq()], 32, id="gptq of every layer"),
+    slow(INT4, [Guide(groups=2), Gptq(guided=True)], 32, id="guided, every layer"),
     slow(INT4, [Gptq(asymmetric=True)], 32, id="gptq against the float stream"),
     slow(VQ2 | {"vq": "vq4"}, [Guide(groups=2), Gptvq(select=Q, iterations=2, guided=True)], 32, id="guided gptvq"),
     slow(VQ2, [Gptvq(select=Q, iterations=2, asymmetric=True)], 32, id="gptvq against the float stream"),
