@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -57,6 +57,7 @@ def compile(
     recipe: str | Path | dict | Recipe = "int4",
     target: Target = "onnx",
     text: Iterable[str | Path] | None = None,
+    calibration: Iterable[Any] | None = None,
     samples: int | None = None,
     length: int | None = None,
     seed: int | None = None,
@@ -79,6 +80,8 @@ def compile(
         recipe: name of a built-in one, a YAML file, a mapping, or a Recipe.
         target: `onnx` (our ops, function bodies inside), `onnx-stock` (ops of an unmodified ONNX Runtime), `torch`.
         text: calibration text; by default the documentation that comes with Python.
+        calibration: calibration samples in place of text, all of them unless `samples` says how many: token ids of a model that
+            takes text, of any other module what `example` is.
         samples, length, seed: calibration windows, tokens in each, and which windows; by default the recipe's, where that
             says nothing 4 windows of at most 256 tokens.
         memory: bytes of anonymous memory that calibration may take; beyond it activations go to a file beside the output.
@@ -107,8 +110,15 @@ def compile(
     source_dir = Path(model) if isinstance(model, (str, Path)) and Path(model).is_dir() else None
     writer = ArtifactWriter(output, overwrite=overwrite, source_dir=source_dir)
     writer.check()
+    if calibration is not None:
+        from qcompiler.capture.given_samples import collected
+
+        if not (text is length is seed is None):
+            raise UsageError("calibration samples are given: text, length and seed choose windows of text")
+        calibration = collected(calibration, samples)
+        samples = len(calibration)
     chosen = _calibrated(chosen, samples, length, seed)
-    loaded, prepared, quantizer = _prepare(model, chosen, text, reporter, example, dynamic_shapes)
+    loaded, prepared, quantizer = _prepare(model, chosen, text, reporter, example, dynamic_shapes, calibration)
     quantizer.trace_timings = not reproducible
     quantizer.fuse = target != "onnx-stock"
     with writer, Workspace(writer.target, resume) as workspace:
@@ -234,7 +244,7 @@ def _calibrated(recipe: Recipe, samples: int | None, length: int | None, seed: i
 
 def _prepare(
     model: str | Path | torch.nn.Module, recipe: Recipe, text: Any, reporter: Reporter,
-    example: Any, dynamic_shapes: dict[str, Any] | None,
+    example: Any, dynamic_shapes: dict[str, Any] | None, calibration: Collection[Any] | None = None,
 ) -> tuple[Loaded | None, Prepared, Quantizer]:  # fmt: skip
     from qcompiler.capture.checkpoint import load
     from qcompiler.capture.finite import check_finite
@@ -261,7 +271,12 @@ def _prepare(
     prepared.stored = stored
     for note in prepared.notes:
         reporter.note(note)
-    feeds = _samples(loaded, prepared, text, recipe, reporter)
+    if calibration is not None:
+        from qcompiler.capture.given_samples import given_samples
+
+        feeds = given_samples(prepared, calibration, plain=example is not None)
+    else:
+        feeds = _samples(loaded, prepared, text, recipe, reporter)
     quantizer = Quantizer(recipe, reporter=reporter, samples=feeds, kind=prepared.kind)
     quantizer.captured = prepared.report()
     return loaded, prepared, quantizer
