@@ -104,6 +104,7 @@ def _train(rows: Rows, blocks: list[Coded], product: Callable) -> None:
     spans = [slice(span.start, span.stop) for span in rows.layout.spans]
     begin = [coded.block.entries for coded in blocks]
     flats = [coded.block.flat() for coded in blocks]
+    clusters = [coded.block.clusters(flat) for coded, flat in zip(blocks, flats, strict=True)]
     spreads = [coded.block.spread()[:, None] for coded in blocks]
 
     def slopes(entries: list[torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
@@ -112,10 +113,10 @@ def _train(rows: Rows, blocks: list[Coded], product: Callable) -> None:
             for here, coded, own, flat, spread in zip(spans, blocks, entries, flats, spreads, strict=True)
         ])  # fmt: skip
         loss, made = 0.0, []
-        for here, coded, flat, spread in zip(spans, blocks, flats, spreads, strict=True):
+        for here, coded, own, spread in zip(spans, blocks, clusters, spreads, strict=True):
             image = product(here, difference)
             loss += (image * difference[here]).sum(dtype=torch.float64).item()
-            made.append(-2 * coded.block.add(image.view(len(coded.block.indices), rows.shape.dim, -1) * spread, flat))
+            made.append(-2 * coded.block.add(image.view(len(coded.block.indices), rows.shape.dim, -1) * spread, own))
         return loss, made
 
     first, slope = slopes(begin)
