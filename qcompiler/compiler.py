@@ -303,17 +303,24 @@ def _samples(
     if wanted.length is not None and context.positions is not None and wanted.length > context.positions:
         raise UsageError(f"calibration: windows of {wanted.length} tokens, the model takes at most {context.positions}")
 
+    told = False
+
     def read() -> Iterable[dict[str, Any]]:
         import torch
 
         from qcompiler.evaluate.calibration import calibration_batches
 
+        nonlocal told
         length = fixed or wanted.length or min(context.default or DEFAULT_LENGTH, DEFAULT_LENGTH)
+        longest = prepared.longest  # known since the graph was captured
+        if longest is not None and longest < (wanted.length or 0) and not told:
+            reporter.note(f"calibration: windows of {longest} tokens in place of {wanted.length}, the most that the graph takes")
+            told = True
         windows = calibration_batches(
             loaded.directory,
             text=text,
             samples=samples,
-            length=min(length, prepared.longest or length),  # known since the graph was captured
+            length=min(length, longest or length),
             seed=wanted.seed,
             reporter=reporter,
         )

@@ -188,13 +188,14 @@ class Session:
     def run(self, **arrays: Any) -> dict[str, np.ndarray]:
         """Every output of the graph for the given inputs, by name.
 
-        Arrays are converted to the input's type. A mask or token types that are not given are those of one whole text:
-        all ones, all zeros. Behind a text that is shorter than a graph of one length nothing counts.
+        Arrays are converted to the input's type within their kind: numbers with a fraction are no token ids. A mask or token types
+        that are not given are those of one whole text: all ones, all zeros. Behind a text that is shorter than a graph of one
+        length nothing counts.
         """
         infos = {info.name: info for info in self.artifact.inputs}
         if unknown := sorted(arrays.keys() - infos.keys()):
             raise UsageError(f"no input is called {', '.join(unknown)}; the inputs are {', '.join(infos)}")
-        given = {name: np.asarray(array).astype(infos[name].dtype, copy=False) for name, array in arrays.items()}
+        given = {name: _as_taken(name, np.asarray(array), infos[name].dtype) for name, array in arrays.items()}
         tokens = next((given[name] for name, info in infos.items() if info.role == "tokens" and name in given), None)
         for name, info in infos.items():
             if name in given:
@@ -257,3 +258,11 @@ def _open(
         return onnxruntime.InferenceSession(str(artifact.file(artifact.entry)), options, providers=list(providers))
     except Exception as error:  # ONNX Runtime's own errors have no common base
         raise InputError(f"{artifact.path / artifact.entry} cannot be loaded by ONNX Runtime: {error}") from error
+
+
+def _as_taken(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
+    """An input in the type that the graph takes, where that loses no more than precision or range."""
+    flags = dtype == "bool" and np.issubdtype(array.dtype, np.integer)  # a mask of zeros and ones
+    if array.size and not flags and not np.can_cast(array.dtype, dtype, casting="same_kind"):
+        raise UsageError(f"the input {name} is {array.dtype}, the graph takes {dtype}")
+    return array.astype(dtype, copy=False)
