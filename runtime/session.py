@@ -188,9 +188,9 @@ class Session:
     def run(self, **arrays: Any) -> dict[str, np.ndarray]:
         """Every output of the graph for the given inputs, by name.
 
-        Arrays are converted to the input's type within their kind: numbers with a fraction are no token ids. A mask or token types
-        that are not given are those of one whole text: all ones, all zeros. Behind a text that is shorter than a graph of one
-        length nothing counts.
+        Arrays are converted to the input's type within their kind: numbers with a fraction are no token ids. A mask or token
+        types that are not given are those of one whole text: all ones, all zeros. Behind a text that is shorter than a graph of
+        one length nothing counts.
         """
         infos = {info.name: info for info in self.artifact.inputs}
         if unknown := sorted(arrays.keys() - infos.keys()):
