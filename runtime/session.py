@@ -188,9 +188,9 @@ class Session:
     def run(self, **arrays: Any) -> dict[str, np.ndarray]:
         """Every output of the graph for the given inputs, by name.
 
-        Arrays are converted to the input's type within their kind: numbers with a fraction are no token ids. A mask or token
-        types that are not given are those of one whole text: all ones, all zeros. Behind a text that is shorter than a graph of
-        one length nothing counts.
+        Arrays are converted to the input's type, within its kind or where no number changes. A mask or token types that are not
+        given are those of one whole text: all ones, all zeros. Behind a text that is shorter than a graph of one length nothing
+        counts.
         """
         infos = {info.name: info for info in self.artifact.inputs}
         if unknown := sorted(arrays.keys() - infos.keys()):
@@ -261,8 +261,12 @@ def _open(
 
 
 def _as_taken(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
-    """An input in the type that the graph takes, where that loses no more than precision or range."""
-    flags = dtype == "bool" and np.issubdtype(array.dtype, np.integer)  # a mask of zeros and ones
-    if array.size and not flags and not np.can_cast(array.dtype, dtype, casting="same_kind"):
-        raise UsageError(f"the input {name} is {array.dtype}, the graph takes {dtype}")
-    return array.astype(dtype, copy=False)
+    """An input in the type that the graph takes: of the same kind, or the same numbers."""
+    try:
+        with np.errstate(invalid="ignore"):
+            taken = array.astype(dtype, copy=False)
+    except (TypeError, ValueError):
+        taken = None
+    if taken is None or not (np.can_cast(array.dtype, dtype, casting="same_kind") or np.array_equal(taken, array)):
+        raise UsageError(f"the input {name} is {array.dtype}, the graph takes {dtype}, which does not hold its numbers")
+    return taken

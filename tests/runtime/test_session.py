@@ -197,11 +197,11 @@ def test_an_encoder_runs_with_arrays_and_fills_in_masks_and_types() -> None:
 
 def test_wrong_arrays_are_refused() -> None:
     session = Session(module_artifact())
-    for array in ([[1.0, 2.0]], np.ones((1, 2), np.float32), [["a", "b"]]):
-        with pytest.raises(UsageError, match="the input input_ids is .*, the graph takes int64"):
+    for array in ([[1.5, 2.0]], np.full((1, 2), np.nan, np.float32), [["a", "b"]], [["1", "2"]], [[None, 1]]):
+        with pytest.raises(UsageError, match="the input input_ids is .*, the graph takes int64, which does not hold"):
             session.run(input_ids=array)
     np.testing.assert_array_equal(session.run(input_ids=np.array([[3, 4]], np.int32))["sum"], [[3, 4]])
-    np.testing.assert_array_equal(session.run(input_ids=[[3, 4]], attention_mask=[[True, False]])["sum"], [[3, 0]])
+    np.testing.assert_array_equal(session.run(input_ids=[[3, 4]], attention_mask=[[1.0, 0.0]])["sum"], [[3, 0]])
     with pytest.raises(UsageError, match="no input is called ids; the inputs are input_ids"):
         session.run(ids=[[1]])
     with pytest.raises(UsageError, match=r"the input input_ids \(int64 \[1, 'n'\]\) is missing"):
