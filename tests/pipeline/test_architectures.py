@@ -23,8 +23,9 @@ from tests.pipeline.rewire import float_artifact
 LENGTH = 24
 FLOAT = 1e-4  # relative to the largest output
 # Where activations are rounded, one that lies between two integers takes either, and what follows differs. How much that is in a
-# model is measured: sums in another order, about NOISE apart, in as many runs as see it happen.
-NOISE, RUNS, MARGIN = 1e-6, 8, 1.5
+# model is measured: sums in another order, about NOISE apart, in as many runs as see it happen. The bound is above INT8 only where
+# those are.
+INT8, NOISE, RUNS, MARGIN = 2e-2, 1e-6, 8, 1.5
 
 
 class FakeQuantized(Interpreter):
@@ -90,8 +91,9 @@ def assert_computes_what_its_graph_does(artifact: Path, captured: Analysed, cont
     as_floats = outputs(float_artifact(artifact, artifact.parent / "float"), tokens, decoder)
     assert relative(as_floats, expected(True)) <= FLOAT
     rounded = expected(False)
-    apart = [relative(expected(False, torch.Generator().manual_seed(seed)), rounded) for seed in range(RUNS)]
-    assert relative(outputs(artifact, tokens, decoder), rounded) <= max(FLOAT, MARGIN * max(apart))
+    apart = max(relative(expected(False, torch.Generator().manual_seed(seed)), rounded) for seed in range(RUNS))
+    bound = max(FLOAT, min(MARGIN * apart, max(INT8, apart)))
+    assert relative(outputs(artifact, tokens, decoder), rounded) <= bound
 
 
 @pytest.mark.parametrize("model_type", [*ALWAYS, *(pytest.param(t, marks=pytest.mark.slow) for t in EXHAUSTIVE)])

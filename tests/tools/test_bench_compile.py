@@ -52,7 +52,7 @@ def test_matrices_belong_to_their_block_and_stage() -> None:
     assert recorder.blocks == [f"model.layers.{i}" for i in range(3)]
     assert [one["stage"] for one in recorder.stages] == ["gptq", "write"]
     gptq = recorder.stages[0]
-    assert math.isclose(sum(one["seconds"] for one in recorder.solved_ones), gptq["seconds"], rel_tol=0.5)
+    assert 0 < math.fsum(one["seconds"] for one in recorder.solved_ones) <= gptq["seconds"] * (1 + 1e-9)
     assert all(0 < one["peak_bytes"] <= gptq["peak_bytes"] for one in recorder.solved_ones)
 
 
