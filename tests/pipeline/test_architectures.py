@@ -23,8 +23,8 @@ from tests.pipeline.rewire import float_artifact
 LENGTH = 24
 FLOAT = 1e-4  # relative to the largest output
 # Where activations are rounded, one that lies between two integers takes either, and what follows differs. How much that is in a
-# model is measured: sums in another order, about NOISE apart, in as many runs as see it happen. The bound is above INT8 only where
-# those are.
+# model is measured: sums in another order, about NOISE apart, in as many runs as see it happen. The bound is above INT8 only
+# where those are.
 INT8, NOISE, RUNS, MARGIN = 2e-2, 1e-6, 8, 1.5
 
 
